@@ -1,0 +1,57 @@
+# make train · make test · make lab: each sets up .venv first if it is not there. `make` alone explains.
+
+PYTHON ?= python3
+PROMPT ?= a red circle above a blue square
+OUT    ?= runs/shapes
+ARGS   ?=
+# Linux without an NVIDIA GPU: PyPI's torch brings gigabytes of CUDA, pytorch.org's CPU build does not.
+# If that host cannot be reached, pip says so and takes what it finds elsewhere.
+TORCH_INDEX ?= $(shell [ "`uname -s`" != Linux ] || command -v nvidia-smi >/dev/null || echo https://download.pytorch.org/whl/cpu)
+
+RUN   := .venv/bin/python
+TORCH := $(shell grep '^torch==' requirements.txt)
+LPIPS := lpips==0.1.4
+
+.PHONY: help train test lab clean
+
+help:
+	@echo 'make train   train a text-to-image model on your machine, then draw "$(PROMPT)"'
+	@echo 'make test    run the tests'
+	@echo 'make lab     open the chapters in JupyterLab'
+	@echo 'make clean   remove .venv and caches (trained models in runs/ and data sets stay)'
+	@echo
+	@echo 'The first of these to run installs everything into .venv (about 2 GB with the CPU build of torch).'
+	@echo 'ARGS="…"         more arguments for the command:   make train ARGS="--steps-denoiser 100"'
+	@echo 'PROMPT="…"       what make train draws:            make train PROMPT="a green triangle"'
+	@echo 'OUT=…            where make train writes:          make train OUT=runs/mine'
+	@echo 'PYTHON=…         another Python, 3.11 or newer:    PYTHON=python3.12 make test'
+	@echo 'TORCH_INDEX=…    where torch comes from:           make test TORCH_INDEX=https://download.pytorch.org/whl/cu126'
+	@echo '                 (by default PyPI; on Linux without an NVIDIA GPU https://download.pytorch.org/whl/cpu)'
+
+train: .venv/installed
+	$(RUN) -m ldm_minimal train --out "$(OUT)" $(ARGS)
+	$(RUN) -m ldm_minimal sample "$(PROMPT)" --model "$(OUT)" --out "$(OUT)/sample.png"
+
+test: .venv/installed
+	$(RUN) -m pytest $(ARGS)
+
+lab: .venv/installed
+	$(RUN) -m jupyterlab --ServerApp.root_dir="$(or $(wildcard chapters),.)" $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# .venv/installing becomes .venv/installed when all went well: an interrupted install starts afresh.
+.venv/installed: requirements.txt pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON): install Python 3.11 or newer (Debian, Ubuntu: apt install python3 python3-venv; macOS: brew install python@3.12)."; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11: install a newer one (Debian, Ubuntu: apt install python3.12-venv; macOS: brew install python@3.12) and name it: PYTHON=python3.12 make $(MAKECMDGOALS)"; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
+	@if [ -e .venv/installing ]; then rm -rf .venv; fi
+	@echo "Installing into .venv, once: some minutes."
+	@mkdir -p .venv && rm -f $@ && touch .venv/installing
+	"$(PYTHON)" -m venv .venv
+	$(if $(TORCH_INDEX),$(RUN) -m pip install --no-deps --timeout 15 --retries 2 --extra-index-url $(TORCH_INDEX) $(TORCH))
+	$(RUN) -m pip install -r requirements.txt
+	$(RUN) -m pip install --no-deps $(LPIPS)
+	@mv .venv/installing $@

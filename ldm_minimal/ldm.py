@@ -1,0 +1,1297 @@
+"""Latent diffusion, whole: one file, top to bottom in the order of the chapters.
+
+A picture x is squeezed by an autoencoder into a small latent z; a U-Net learns to remove noise from z, told by a caption
+what to make of it; to draw, start from noise, denoise fifty times, and decode once. Three trainings make it:
+
+    stage 0   train_clip          pictures and captions meet in one space     -> text encoder, perceptual loss
+    stage 1   train_autoencoder   x -> z -> x, sharp though 12 to 48 x smaller -> autoencoder, scale factor
+    stage 2   train_denoiser      z_t, t, caption -> the noise in z_t          -> U-Net
+
+One set of classes serves every size: with the configs of `SHAPES` they train on two CPU cores, with those of `SD1` they
+are Stable Diffusion 1.x, parameter for parameter.
+
+Notation (section 14.12 of the book; a paper's own symbol is translated where the paper is cited)
+
+    x         picture                (B, 3, H, W), in [-1, 1]
+    z, z_t    latent, noised latent  (B, c, h, w), about unit variance; f = H / h
+    t         timestep               (B,) long, 0 ... T-1; larger is noisier
+    eps       the noise              like z; eps_hat is the U-Net's guess at it (predictions end in _hat)
+    alpha_bar share of signal power  (T,), falling from about 1 to about 0
+    tokens    the caption y, cut     (B, 77) long
+    context   the caption y, encoded (B, 77, d)
+    guidance  w                      1 = plain conditional, 0 = unconditional
+
+References
+    DDPM        Ho, Jain, Abbeel 2020, arXiv 2006.11239        DDIM      Song, Meng, Ermon 2021, arXiv 2010.02502
+    cosine      Nichol, Dhariwal 2021, arXiv 2102.09672        guidance  Ho, Salimans 2022, arXiv 2207.12598
+    latent      Rombach et al. 2022, arXiv 2112.10752          VQGAN     Esser et al. 2021, arXiv 2012.09841
+    CLIP        Radford et al. 2021, arXiv 2103.00020          LPIPS     Zhang et al. 2018, arXiv 1801.03924
+    PatchGAN    Isola et al. 2017, arXiv 1611.07004            GEGLU     Shazeer 2020, arXiv 2002.05202
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import safetensors.torch
+import tokenizers
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+__all__ = [
+    "NoiseSchedule",
+    "timestep_embedding", "ResBlock", "Attention", "TransformerBlock", "Downsample", "Upsample",
+    "AutoencoderConfig", "Gaussian", "Autoencoder", "PatchDiscriminator", "PerceptualLoss", "adaptive_weight",
+    "autoencoder_loss", "discriminator_loss",
+    "CaptionedImages",
+    "Tokenizer", "TextConfig", "TextEncoder", "ImageConfig", "ImageEncoder", "CLIP", "clip_loss",
+    "UNetConfig", "UNet",
+    "guided_eps",
+    "ddim_timesteps", "ddpm_sample", "ddim_sample", "ddim_invert",
+    "LatentDiffusion",
+    "EMA", "train_clip", "train_autoencoder", "measure_scale_factor", "train_denoiser",
+    "Stage", "Config", "SHAPES", "SD1", "NAMED_SIZES",
+]
+
+
+# ---------------------------------------------------------------------------------------------- noise (chapter 1) ----
+
+
+class NoiseSchedule:
+    """How fast a picture drowns in noise: beta_t, and alpha_bar_t, the share of signal power that is left at step t.
+
+        q(z_t | z_{t-1}) = N(sqrt(1 - beta_t) z_{t-1}, beta_t I)        alpha_bar_t = prod_{s <= t} (1 - beta_s)
+
+    DDPM eq. 2 and 4; the book's t = 1 ... T is t = 0 ... T-1 here. `betas` and `alpha_bars` are (T,) float64 on the CPU,
+    where 1 - alpha_bar keeps its digits when alpha_bar is nearly 1.
+
+    kind: "linear" (DDPM: 1e-4 to 0.02), "scaled-linear" (Stable Diffusion: sqrt(beta) linear, 0.00085 to 0.012) or
+    "cosine" (Nichol & Dhariwal eq. 17). T: number of steps, at least 2. Raises ValueError otherwise.
+    """
+
+    def __init__(self, kind: str = "scaled-linear", T: int = 1000):
+        if T < 2:
+            raise ValueError(f"T is {T}; a schedule has at least 2 steps")
+        if kind == "linear":
+            betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+        elif kind == "scaled-linear":
+            betas = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2
+        elif kind == "cosine":
+            u = torch.arange(T + 1, dtype=torch.float64) / T
+            wave = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - wave[1:] / wave[:-1]).clamp(max=0.999)
+        else:
+            raise ValueError(f"kind is {kind!r}; allowed are 'linear', 'scaled-linear' and 'cosine'")
+        self.kind, self.T, self.betas = kind, T, betas
+        self.alpha_bars = torch.cumprod(1 - betas, dim=0)
+
+    def add_noise(self, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps: all t steps of noise in one (DDPM eq. 4).
+
+        z, eps: (B, ...); t: (B,) long in 0 ... T-1. Returns z_t like z.
+        """
+        shape = (-1,) + (1,) * (z.ndim - 1)
+        signal = self.alpha_bars.sqrt().to(z.device, z.dtype)[t].view(shape)
+        noise = (1 - self.alpha_bars).sqrt().to(z.device, z.dtype)[t].view(shape)
+        return signal * z + noise * eps
+
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) of every step, (T,) float64, for data of unit variance."""
+        return self.alpha_bars / (1 - self.alpha_bars)
+
+
+# ------------------------------------------------------------------------------------- blocks (chapters 2, 3, 5) ----
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Each t as cosines, then sines, of `width` / 2 frequencies from 1 down to nearly 1/10000. (B,) -> (B, width)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """h = conv(silu(norm(x))) + time; out = skip(x) + conv(silu(norm(h))). (B, C_in, H, W) -> (B, C_out, H, W).
+
+    time_width: channels of the timestep embedding, which is added to every position; 0 (autoencoder) for none.
+    groups, eps: of both GroupNorms; Stable Diffusion has 32 groups, and eps 1e-5 in the U-Net, 1e-6 in the autoencoder.
+    """
+
+    def __init__(self, c_in: int, c_out: int, time_width: int = 0, groups: int = 32, eps: float = 1e-5):
+        super().__init__()
+        self.norm_in = nn.GroupNorm(groups, c_in, eps)
+        self.conv_in = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(time_width, c_out) if time_width else None
+        self.norm_out = nn.GroupNorm(groups, c_out, eps)
+        self.conv_out = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        h = self.conv_in(F.silu(self.norm_in(x)))                                           # (B, C_out, H, W)
+        if self.time is not None:
+            h = h + self.time(time)[:, :, None, None]
+        return self.skip(x) + self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Attention(nn.Module):
+    """softmax(Q K^T / sqrt(d)) V in `heads` heads, queries from x, keys and values from `context` (x itself if None).
+
+    x: (B, N, width); context: (B, M, context_width), or a dict {attention: (k, v)} as `UNet.prepare` makes once per
+    prompt. Returns (B, N, width). The fused kernel is the default. Set `keep_weights` and each call leaves its weights,
+    (B, heads, N, M), in `weights`: slower, for looking at. Raises ValueError where `heads` does not divide `width`.
+    """
+
+    def __init__(self, width: int, context_width: int | None = None, heads: int = 8, bias: bool = False,
+                 causal: bool = False):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads is {heads}; it must divide width, {width}")
+        self.heads, self.causal = heads, causal
+        self.query = nn.Linear(width, width, bias=bias)
+        self.key_value = nn.Linear(context_width or width, 2 * width, bias=bias)            # both in one product
+        self.out = nn.Linear(width, width)
+        self.keep_weights, self.weights = False, None
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                            # (B, heads, N, d)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.key_value(context).chunk(2, dim=-1)
+        return self.split(k), self.split(v)
+
+    def forward(self, x: Tensor, context: Tensor | dict | None = None) -> Tensor:
+        q = self.split(self.query(x))
+        k, v = context[self] if isinstance(context, dict) else self.keys_values(x if context is None else context)
+        if self.keep_weights:
+            scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5                           # (B, heads, N, M)
+            if self.causal:
+                scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+            self.weights = scores.softmax(dim=-1)
+            h = self.weights @ v
+        else:
+            h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(h.transpose(1, 2).flatten(2))                                       # (B, N, width)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the caption, GEGLU feed-forward; each adds to its input. (B, C, H, W) -> same.
+
+    GEGLU (Shazeer 2020): value * gelu(gate), both linear in x. The projections at the ends are 1x1 convolutions in
+    Stable Diffusion; over positions laid out as rows a 1x1 convolution is a linear layer.
+    """
+
+    def __init__(self, width: int, context_width: int, heads: int = 8, groups: int = 32):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.project_in = nn.Linear(width, width)
+        self.norm_self, self.attend_self = nn.LayerNorm(width), Attention(width, heads=heads)
+        self.norm_cross, self.attend_cross = nn.LayerNorm(width), Attention(width, context_width, heads)
+        self.norm_mlp, self.geglu, self.mlp_out = nn.LayerNorm(width), nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
+        self.project_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor | dict) -> Tensor:
+        h = self.project_in(rows(self.norm(x)))                                             # (B, H*W, C)
+        h = h + self.attend_self(self.norm_self(h))
+        h = h + self.attend_cross(self.norm_cross(h), context)
+        value, gate = self.geglu(self.norm_mlp(h)).chunk(2, dim=-1)
+        h = h + self.mlp_out(value * F.gelu(gate))
+        return x + grid(self.project_out(h), x.shape)                                       # (B, C, H, W)
+
+
+def rows(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, C, H, W) -> (B, H*W, C); no copy where x is channels_last
+
+
+def grid(x: Tensor, shape: torch.Size) -> Tensor:
+    return x.unflatten(1, shape[2:]).permute(0, 3, 1, 2)  # (B, H*W, C) -> (B, C, H, W)
+
+
+class Downsample(nn.Module):
+    """Halve height and width; `asymmetric` pads right and below only, as Stable Diffusion's autoencoder does."""
+
+    def __init__(self, channels: int, asymmetric: bool = False):
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Double height and width: every pixel four times, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+# --------------------------------------------------------------------------------------- autoencoder (chapter 3) ----
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """width: channels at full resolution; mult: their multiple at each level, so f = 2 ** (levels - 1); blocks: residual
+    blocks a level (one more on the way up); channels: c of the latent; groups: of every GroupNorm."""
+
+    width: int = 128
+    mult: tuple[int, ...] = (1, 2, 4, 4)
+    blocks: int = 2
+    channels: int = 4
+    groups: int = 32
+
+
+class Gaussian:
+    """N(mean, exp(logvar)), one for every latent scalar, from the encoder's (B, 2c, h, w); logvar in [-30, 20]."""
+
+    def __init__(self, moments: Tensor):
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30, 20)
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """mean + std * eps: random in eps, differentiable in mean and std (the reparameterisation). eps like mean."""
+        return self.mean + (0.5 * self.logvar).exp() * eps
+
+    def kl(self) -> Tensor:
+        """KL(N(mean, var) || N(0, I)) = sum (mean^2 + var - 1 - log var) / 2, in nats. Returns (B,)."""
+        mean, logvar = self.mean.float(), self.logvar.float()
+        return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
+
+
+class AttentionBlock(nn.Module):
+    """x + attention(norm(x)) over all positions, in one head: the middle of the autoencoder."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.attention = Attention(width, heads=1, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + grid(self.attention(rows(self.norm(x))), x.shape)
+
+
+class Autoencoder(nn.Module):
+    """E and D of the book: `encode` x (B, 3, H, W) into a Gaussian over z (B, c, H/f, W/f), `decode` z into x_hat.
+
+    The KL-regularised autoencoder of Rombach et al., app. E. H and W must be multiples of f. `forward` does both: x and
+    the reparameterisation's eps (or None, for the mean) -> (x_hat, posterior).
+    """
+
+    def __init__(self, config: AutoencoderConfig = AutoencoderConfig()):
+        super().__init__()
+        widths = [config.width * m for m in config.mult]
+        block = lambda c_in, c_out: ResBlock(c_in, c_out, groups=config.groups, eps=1e-6)  # noqa: E731
+        middle = lambda: [block(widths[-1], widths[-1]), AttentionBlock(widths[-1], config.groups),  # noqa: E731
+                          block(widths[-1], widths[-1])]
+        end = lambda c, c_out: [nn.GroupNorm(config.groups, c, eps=1e-6), nn.SiLU(),  # noqa: E731
+                                nn.Conv2d(c, c_out, 3, padding=1)]
+        self.f, self.channels = 2 ** (len(widths) - 1), config.channels
+        down, c = [nn.Conv2d(3, widths[0], 3, padding=1)], widths[0]
+        for level, width in enumerate(widths):
+            for _ in range(config.blocks):
+                down, c = down + [block(c, width)], width
+            if level < len(widths) - 1:
+                down.append(Downsample(c, asymmetric=True))
+        up = [nn.Conv2d(config.channels, c, 3, padding=1), *middle()]
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(config.blocks + 1):
+                up, c = up + [block(c, width)], width
+            if level > 0:
+                up.append(Upsample(c))
+        self.encoder = nn.Sequential(*down, *middle(), *end(widths[-1], 2 * config.channels))
+        self.to_moments = nn.Conv2d(2 * config.channels, 2 * config.channels, 1)
+        self.from_latent = nn.Conv2d(config.channels, config.channels, 1)
+        self.decoder = nn.Sequential(*up, *end(c, 3))
+        nn.init.constant_(self.to_moments.bias[config.channels:], -6.0)  # a latent starts nearly sure of itself: std e^-3
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def last_weight(self) -> Tensor:
+        """The decoder's last convolution, where the adaptive weight compares gradients."""
+        return self.decoder[-1].weight
+
+    def encode(self, x: Tensor) -> Gaussian:
+        if x.shape[-1] % self.f or x.shape[-2] % self.f:
+            raise ValueError(f"x is {x.shape[-2]} x {x.shape[-1]}; height and width must be multiples of f = {self.f}")
+        return Gaussian(self.to_moments(self.encoder(x.contiguous(memory_format=torch.channels_last))))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.from_latent(z.contiguous(memory_format=torch.channels_last)))
+
+    def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Gaussian]:
+        posterior = self.encode(x)
+        return self.decode(posterior.mean if eps is None else posterior.sample(eps)), posterior
+
+
+class PatchDiscriminator(nn.Module):
+    """Real or made, judged patch by patch (PatchGAN, Isola et al. 2017). (B, 3, H, W) -> logits (B, 1, about H/2^layers).
+
+    GroupNorm in place of BatchNorm, so that no picture's verdict depends on its neighbours in the batch.
+    """
+
+    def __init__(self, width: int = 64, layers: int = 3, groups: int = 8):
+        super().__init__()
+        net, c = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], width
+        for layer in range(1, layers + 1):
+            c_out, stride = width * min(2**layer, 8), 1 if layer == layers else 2
+            net += [nn.Conv2d(c, c_out, 4, stride, 1), nn.GroupNorm(groups, c_out), nn.LeakyReLU(0.2)]
+            c = c_out
+        self.net = nn.Sequential(*net, nn.Conv2d(c, 1, 4, padding=1)).to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of two pictures in the eyes of a network: the LPIPS form (Zhang et al. 2018, eq. 1).
+
+        d(x, y) = sum_layers mean_positions sum_channels w (f(x) - f(y))^2,  f = features of unit length per position
+
+    features: x -> list of (B, C, h, w), such as `ImageEncoder.features` (then this is the LPIPS *form*, not LPIPS) or
+    VGG16's, made by `PerceptualLoss.vgg`. weights: per layer (C,), or None for 1. x, y in [-1, 1]; returns (B,).
+    """
+
+    def __init__(self, features: Callable[[Tensor], list[Tensor]], weights: list[Tensor] | None = None):
+        super().__init__()
+        self.features, self.layer_weights = features, weights
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        distance = x.new_zeros(len(x))
+        for i, (a, b) in enumerate(zip(self.features(x), self.features(y))):
+            square = (unit_length(a) - unit_length(b)) ** 2                                 # (B, C, h, w)
+            weight = 1 if self.layer_weights is None else self.layer_weights[i].to(x).view(1, -1, 1, 1)
+            distance = distance + (weight * square).sum(dim=1).mean(dim=(1, 2))
+        return distance
+
+    @classmethod
+    def vgg(cls, vgg: dict[str, Tensor], lpips: dict[str, Tensor]) -> PerceptualLoss:
+        """The published LPIPS: torchvision's VGG16 state dict and the `lpips` package's linear weights (v0.1, vgg)."""
+        missing = [k for k in ["features.0.weight", "features.28.bias"] if k not in vgg]
+        missing += [k for k in [f"lin{i}.model.1.weight" for i in range(5)] if k not in lpips]
+        if missing:
+            raise ValueError(f"vgg or lpips lacks {', '.join(missing)}; needed are torchvision's VGG16 and lpips' v0.1 'vgg' weights")
+        return cls(VGGFeatures(vgg), [lpips[f"lin{i}.model.1.weight"].flatten() for i in range(5)])
+
+
+def unit_length(a: Tensor) -> Tensor:
+    return a * torch.rsqrt((a**2).sum(dim=1, keepdim=True) + 1e-10)
+
+
+class VGGFeatures(nn.Module):
+    """VGG16's convolutions (Simonyan & Zisserman 2015), read before each pooling; x in [-1, 1], shifted as lpips does."""
+
+    def __init__(self, state: dict[str, Tensor]):
+        super().__init__()
+        numbers = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]  # of the convolutions in torchvision's `features`
+        self.pool_before = {5, 10, 17, 24}
+        self.state = {n: (state[f"features.{n}.weight"], state[f"features.{n}.bias"]) for n in numbers}
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        shift, scale = x.new_tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[:, None, :, None, None]
+        h, maps = (x - shift) / scale, []
+        for number, (weight, bias) in self.state.items():
+            if number in self.pool_before:
+                maps, h = maps + [h], F.max_pool2d(h, 2)
+            h = F.relu(F.conv2d(h, weight.to(x), bias.to(x), padding=1))
+        return maps + [h]
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_weight: Tensor) -> Tensor:
+    """Esser et al. 2021, eq. 7: |grad reconstruction| / (|grad adversarial| + 1e-4) at the decoder's last layer.
+
+    Both losses scalar and unscaled (before any GradScaler); the norms are taken in float32. Returns a scalar, detached,
+    in [0, 1e4]: multiplied by it, the adversary pulls on the decoder as hard as the reconstruction does.
+    """
+    norm = lambda loss: torch.autograd.grad(loss, last_weight, retain_graph=True)[0].float().norm()  # noqa: E731
+    return (norm(reconstruction) / (norm(adversarial) + 1e-4)).clamp(0, 1e4).detach()
+
+
+def autoencoder_loss(x: Tensor, x_hat: Tensor, posterior: Gaussian, perceptual: Callable | None = None,
+                     adversary: nn.Module | None = None, last_weight: Tensor | None = None, kl_weight: float = 1e-6,
+                     perceptual_weight: float = 1.0, adversarial_weight: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
+    """L1 + perceptual + adversarial + a tiny KL (Rombach et al. app. G; Esser et al. eq. 5 to 7).
+
+    Reconstruction and KL are summed over a picture and averaged over the batch, as in CompVis' code; the perceptual
+    distance therefore counts once for every scalar of the picture. perceptual, adversary: None leaves the term out.
+    Returns the scalar to minimise and the parts: l1 per scalar, perceptual, kl per picture, adversarial, weight.
+    """
+    l1 = (x - x_hat).abs()
+    distance = perceptual(x, x_hat) if perceptual else x.new_zeros(len(x))
+    reconstruction = (l1.sum(dim=(1, 2, 3)) + perceptual_weight * distance * x[0].numel()).mean()
+    kl = posterior.kl().mean()
+    loss = reconstruction + kl_weight * kl
+    parts = {"l1": l1.mean(), "perceptual": distance.mean(), "kl": kl}
+    if adversary is not None:
+        parts["adversarial"] = -adversary(x_hat).mean()  # the decoder wants its pictures called real
+        parts["weight"] = adaptive_weight(reconstruction, parts["adversarial"], last_weight)
+        loss = loss + adversarial_weight * parts["weight"] * parts["adversarial"]
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss (Lim & Ye 2017): mean of relu(1 - real) and relu(1 + fake), logits of any shape -> scalar."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+# ------------------------------------------------------------------------------------------------------- data ----
+
+
+class CaptionedImages:
+    """A folder of pictures with a `metadata.jsonl` of {"file_name": ..., "text": ...} lines (the imagefolder convention).
+
+    Pictures are cut to their middle square, resized to `size` and held in memory: `images` (N, 3, size, size) uint8,
+    `captions` list of N strings; `pictures(index)` gives x in [-1, 1]. Raises ValueError naming the file and line that
+    is wrong, FileNotFoundError where there is no metadata.jsonl.
+    """
+
+    def __init__(self, folder: str | os.PathLike, size: int, progress: bool = False):
+        folder = pathlib.Path(folder)
+        metadata = folder / "metadata.jsonl"
+        if not metadata.is_file():
+            raise FileNotFoundError(f"no captions: {metadata} does not exist; it holds one "
+                                    '{"file_name": ..., "text": ...} line for each picture')
+        lines = [line for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{metadata} is empty; it needs one line for each picture")
+        self.rows = [self.parse(line, f"{metadata}, line {n}") for n, line in enumerate(lines, 1)]
+        self.captions = [row["text"] for row in self.rows]
+        self.images = torch.empty(len(lines), 3, size, size, dtype=torch.uint8)
+        for i, row in enumerate(tqdm(self.rows, desc="reading pictures", disable=not progress, leave=False)):
+            self.images[i] = self.read(folder / row["file_name"], size)
+
+    @staticmethod
+    def parse(line: str, where: str) -> dict:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from None
+        for key in ("file_name", "text"):
+            if not isinstance(row, dict) or not isinstance(row.get(key), str):
+                raise ValueError(f"{where} has no {key!r}, or one that is not a string")
+        return row
+
+    @staticmethod
+    def read(path: pathlib.Path, size: int) -> Tensor:
+        """One picture, (3, size, size) uint8; transparent pixels become white."""
+        try:
+            with Image.open(path) as file:
+                picture = file.convert("RGBA")
+        except FileNotFoundError:
+            raise ValueError(f"{path} is named in metadata.jsonl but does not exist") from None
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ValueError(f"{path} is not a picture that can be read: {error}") from None
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        side, (width, height) = min(picture.size), picture.size
+        left, top = (width - side) // 2, (height - side) // 2
+        if (width, height) != (size, size):
+            picture = picture.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)                         # (3, size, size)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def pictures(self, index: Tensor | slice) -> Tensor:
+        """x of the chosen rows, (B, 3, size, size) float32 in [-1, 1]."""
+        return self.images[index].float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------- text (chapter 5) ----
+
+
+class Tokenizer:
+    """Captions to numbers as CLIP does it: lower case, byte pairs that end words with </w>, 77 tokens.
+
+    A caption is <|startoftext|>, its pairs, <|endoftext|>, and more <|endoftext|> up to `length` (as SD 1.x pads). The
+    vocabulary is 256 bytes, 256 bytes that end a word, one entry for each merge, then the two marks: any text has
+    tokens, none is unknown. vocab: {token: id}; merges: pairs, most frequent first.
+    """
+
+    START, END = "<|startoftext|>", "<|endoftext|>"
+    WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int = 77):
+        self.vocab, self.merges, self.length = vocab, [tuple(pair) for pair in merges], length
+        self.start, self.end = vocab[self.START], vocab[self.END]
+        self.engine = self.build(tokenizers.models.BPE(vocab, self.merges, unk_token=self.END, end_of_word_suffix="</w>"))
+        self.engine.add_special_tokens([self.START, self.END])
+
+    @classmethod
+    def build(cls, model: tokenizers.models.Model) -> tokenizers.Tokenizer:
+        engine = tokenizers.Tokenizer(model)
+        clean = tokenizers.normalizers
+        engine.normalizer = clean.Sequence([clean.NFC(), clean.Replace(tokenizers.Regex(r"\s+"), " "), clean.Lowercase()])
+        cut = tokenizers.pre_tokenizers
+        engine.pre_tokenizer = cut.Sequence([cut.Split(tokenizers.Regex(cls.WORDS), "removed", invert=True),
+                                             cut.ByteLevel(add_prefix_space=False, use_regex=False)])
+        return engine
+
+    @classmethod
+    def train(cls, captions: list[str], vocab_size: int, length: int = 77) -> Tokenizer:
+        """Merge the most frequent neighbours in `captions` until the vocabulary is full, or every word is one token."""
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        room = vocab_size - 2 * len(alphabet) - 2
+        if room < 0:
+            raise ValueError(f"vocab_size is {vocab_size}; bytes and marks alone take {2 * len(alphabet) + 2}")
+        engine = cls.build(tokenizers.models.BPE(end_of_word_suffix="</w>"))
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix="</w>",
+                                                 show_progress=False)
+        engine.train_from_iterator(captions, trainer)
+        merges = [tuple(pair) for pair in json.loads(engine.to_str())["model"]["merges"]][:room]
+        names = alphabet + [a + "</w>" for a in alphabet] + ["".join(pair) for pair in merges] + [cls.START, cls.END]
+        return cls({name: i for i, name in enumerate(dict.fromkeys(names))}, merges, length)
+
+    def pieces(self, caption: str) -> list[str]:
+        """The caption's byte pairs as text, without the marks."""
+        return self.engine.encode(caption).tokens
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """(B, length) long. A caption too long is cut, with a warning that says what was cut."""
+        batch = torch.full((len(captions), self.length), self.end, dtype=torch.long)
+        for i, caption in enumerate(captions):
+            encoding = self.engine.encode(caption)
+            ids, room = encoding.ids, self.length - 2
+            if len(ids) > room:
+                cut = self.engine.normalizer.normalize_str(caption)[encoding.offsets[room][0]:]
+                warnings.warn(f"the caption has {len(ids)} tokens, {room} fit; cut off: {cut!r}", stacklevel=2)
+            batch[i, 0] = self.start
+            batch[i, 1:len(ids[:room]) + 1] = torch.tensor(ids[:room], dtype=torch.long)
+        return batch
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write {"vocab", "merges", "length"} as JSON."""
+        text = json.dumps({"length": self.length, "merges": self.merges, "vocab": self.vocab}, indent=0, ensure_ascii=False)
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Tokenizer:
+        return cls(**json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """vocab_size: rows of the embedding; width: d; layers, heads: of the transformer; length: tokens of a caption."""
+
+    vocab_size: int = 49408
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    length: int = 77
+
+
+class TextLayer(nn.Module):
+    """x + causal attention, then x + MLP with quick-GELU, x * sigmoid(1.702 x), both on normed x. (B, N, width) -> same."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm_attention, self.attention = nn.LayerNorm(width), Attention(width, heads=heads, bias=True, causal=True)
+        self.norm_mlp, self.mlp_in, self.mlp_out = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_attention(x))
+        h = self.mlp_in(self.norm_mlp(x))
+        return x + self.mlp_out(h * torch.sigmoid(1.702 * h))
+
+
+class TextEncoder(nn.Module):
+    """The text tower of CLIP: tokens (B, 77) -> context (B, 77, width), after the final norm; padding is not masked."""
+
+    def __init__(self, config: TextConfig = TextConfig()):
+        super().__init__()
+        self.config = config
+        self.token = nn.Embedding(config.vocab_size, config.width)
+        self.position = nn.Embedding(config.length, config.width)
+        self.layers = nn.Sequential(*[TextLayer(config.width, config.heads) for _ in range(config.layers)])
+        self.norm = nn.LayerNorm(config.width)
+        for table in (self.token, self.position):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.norm(self.layers(self.token(tokens) + self.position.weight[:tokens.shape[1]]))
+
+    def pool(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """The context at the FIRST end token, which has seen the whole caption. -> (B, width)."""
+        return context[torch.arange(len(tokens), device=tokens.device), first_end(tokens)]
+
+
+def first_end(tokens: Tensor) -> Tensor:
+    return (tokens == tokens[:, -1:]).int().argmax(dim=1)  # every caption's last token is an end token
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """width: channels at full resolution; mult: their multiple at each level; groups: of every GroupNorm."""
+
+    width: int = 32
+    mult: tuple[int, ...] = (1, 2, 4)
+    groups: int = 8
+
+
+class ImageEncoder(nn.Module):
+    """The picture tower of our small CLIP: x (B, 3, H, W) -> (B, width of the text tower). Convolutions, then a mean.
+
+    `features` gives each level's map: what the perceptual loss compares. `log_scale` is CLIP's learned temperature.
+    """
+
+    def __init__(self, config: ImageConfig, width: int):
+        super().__init__()
+        self.config, widths = config, [config.width * m for m in config.mult]
+        self.levels, c = nn.ModuleList(), widths[0]
+        for i, c_out in enumerate(widths):
+            first = nn.Conv2d(3, c, 3, padding=1) if i == 0 else Downsample(c)
+            self.levels.append(nn.Sequential(first, ResBlock(c, c_out, groups=config.groups)))
+            c = c_out
+        self.norm, self.out = nn.GroupNorm(config.groups, c), nn.Linear(c, width)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.to(memory_format=torch.channels_last)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        maps, h = [], x.contiguous(memory_format=torch.channels_last)
+        for level in self.levels:
+            h = level(h)                                                                    # (B, C, H/2^i, W/2^i)
+            maps.append(h)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.silu(self.norm(self.features(x)[-1])).mean(dim=(2, 3)))
+
+
+class CLIP(nn.Module):
+    """A text tower and a picture tower that meet: features of a picture and of its caption point the same way.
+
+    `forward(x, tokens)` -> unit-length features (B, width) of pictures and of captions, and the scale of their products.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, text_encoder: TextEncoder, image_encoder: ImageEncoder):
+        super().__init__()
+        self.tokenizer, self.text_encoder, self.image_encoder = tokenizer, text_encoder, image_encoder
+
+    def save(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json, tokenizer.json and model.safetensors (in `dtype`) into `folder`, whole or not at all."""
+        towers = {"text": self.text_encoder.config, "image": self.image_encoder.config}
+        save_model(self, {name: dataclasses.asdict(config) for name, config in towers.items()}, folder, dtype)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> CLIP:
+        """What `save` wrote, in float32, in eval mode. Raises ValueError saying which folder is wrong and why."""
+        return load_model(lambda config: cls.build(from_json(TextConfig, config["text"]), from_json(ImageConfig, config["image"])), folder)
+
+    @classmethod
+    def build(cls, text: TextConfig, image: ImageConfig) -> CLIP:
+        """Both towers, untrained, with no tokenizer yet."""
+        return cls(None, TextEncoder(text), ImageEncoder(image, text.width))
+
+    def image_features(self, x: Tensor) -> Tensor:
+        return F.normalize(self.image_encoder(x), dim=-1)
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        tokens = tokens[:, :first_end(tokens).max() + 1]  # attention is causal: what follows the first end token is not seen
+        return F.normalize(self.text_encoder.pool(tokens, self.text_encoder(tokens)), dim=-1)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.image_features(x), self.text_features(tokens), self.image_encoder.log_scale.clamp(max=math.log(100)).exp()
+
+
+def clip_loss(image_features: Tensor, text_features: Tensor, scale: Tensor | float) -> Tensor:
+    """Find the caption of each picture and the picture of each caption (Radford et al. 2021, fig. 3).
+
+    Mean of the two cross-entropies over the (B, B) products, times `scale`. Features (B, width) of unit length -> scalar.
+    """
+    logits = scale * image_features @ text_features.T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+# ------------------------------------------------------------------------------------ denoiser (chapters 2 and 5) ----
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """channels: c of the latent; width: channels at full resolution; mult: their multiple at each level; blocks: residual
+    blocks a level (one more on the way up); attention: levels with transformer blocks; context_width: d of the text."""
+
+    channels: int = 4
+    width: int = 320
+    mult: tuple[int, ...] = (1, 2, 4, 4)
+    blocks: int = 2
+    attention: tuple[int, ...] = (0, 1, 2)
+    heads: int = 8
+    context_width: int = 768
+    groups: int = 32
+
+
+class UNetBlock(nn.Module):
+    """A residual block told the time and, on a level with attention, a transformer block told the caption."""
+
+    def __init__(self, c_in: int, c_out: int, attention: bool, config: UNetConfig):
+        super().__init__()
+        self.res = ResBlock(c_in, c_out, 4 * config.width, config.groups)
+        self.transformer = TransformerBlock(c_out, config.context_width, config.heads, config.groups) if attention else None
+
+    def forward(self, h: Tensor, time: Tensor, context: Tensor | dict) -> Tensor:
+        h = self.res(h, time)
+        return h if self.transformer is None else self.transformer(h, context)
+
+
+class UNet(nn.Module):
+    """eps_theta(z_t, t, y): down, middle and up, with every map on the way down handed across (Rombach et al. app. E).
+
+    z_t (B, c, h, w), t (B,), context (B, 77, d) or what `prepare` made of it -> eps_hat (B, c, h, w). h and w must be
+    multiples of 2 ** (levels - 1). The last convolution starts at zero, so an untrained U-Net predicts no noise at all.
+    """
+
+    def __init__(self, config: UNetConfig = UNetConfig()):
+        super().__init__()
+        widths, self.width = [config.width * m for m in config.mult], config.width
+        block = lambda c_in, c_out, attention: UNetBlock(c_in, c_out, attention, config)  # noqa: E731
+        self.time = nn.Sequential(nn.Linear(config.width, 4 * config.width), nn.SiLU(), nn.Linear(4 * config.width, 4 * config.width))
+        self.conv_in, self.down, self.up = nn.Conv2d(config.channels, config.width, 3, padding=1), nn.ModuleList(), nn.ModuleList()
+        c, handed = config.width, [config.width]
+        for level, width in enumerate(widths):
+            for _ in range(config.blocks):
+                self.down.append(block(c, width, level in config.attention))
+                c = width
+                handed.append(c)
+            if level < len(widths) - 1:
+                self.down.append(Downsample(c))
+                handed.append(c)
+        self.middle = nn.ModuleList([block(c, c, True), block(c, c, False)])
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(config.blocks + 1):
+                self.up.append(block(c + handed.pop(), width, level in config.attention))
+                c = width
+            if level > 0:
+                self.up.append(Upsample(c))
+        self.norm, self.conv_out = nn.GroupNorm(config.groups, c), nn.Conv2d(c, config.channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def cross_attentions(self) -> list[Attention]:
+        """The layers that read the caption, in the order in which they run."""
+        return [m.attend_cross for m in self.modules() if isinstance(m, TransformerBlock)]
+
+    def prepare(self, context: Tensor) -> dict[Attention, tuple[Tensor, Tensor]]:
+        """The caption's keys and values in every layer: they are the same at all steps, so one computation serves all."""
+        return {attention: attention.keys_values(context) for attention in self.cross_attentions()}
+
+    def forward(self, z_t: Tensor, t: Tensor, context: Tensor | dict) -> Tensor:
+        # Every residual block wants silu(time): once here, not once in each.
+        time = F.silu(self.time(timestep_embedding(t, self.width).to(self.conv_in.weight.dtype)))  # (B, 4 width)
+        h = self.conv_in(z_t.contiguous(memory_format=torch.channels_last))                 # (B, width, h, w)
+        handed = [h]
+        for layer in self.down:
+            h = layer(h) if isinstance(layer, Downsample) else layer(h, time, context)
+            handed.append(h)
+        for layer in self.middle:
+            h = layer(h, time, context)
+        for layer in self.up:
+            h = layer(h) if isinstance(layer, Upsample) else layer(torch.cat([h, handed.pop()], dim=1), time, context)
+        return self.conv_out(F.silu(self.norm(h)))                                          # (B, c, h, w)
+
+
+# ------------------------------------------------------------------------------------------ guidance (chapter 6) ----
+
+
+def guided_eps(unet: UNet, z_t: Tensor, t: Tensor, context: Tensor | dict, guidance: float) -> Tensor:
+    """eps(z_t, t, empty) + w (eps(z_t, t, y) - eps(z_t, t, empty)), both from one forward pass of twice the batch.
+
+    Ho & Salimans eq. 6, whose w is ours minus 1. context: (2B, 77, d), the unconditional half first, or that prepared.
+    """
+    eps_empty, eps_text = unet(torch.cat([z_t, z_t]), torch.cat([t, t]), context).chunk(2)
+    return eps_empty + guidance * (eps_text - eps_empty)
+
+
+# ------------------------------------------------------------------------------------- samplers (chapters 2 and 7) ----
+#
+# One signature: predict(z_t, t) -> eps_hat with t (B,); the schedule; z to start from. Each is a generator that yields
+# (t, z, z0_hat) after every step: the step's time, the less noisy z, and the clean latent guessed on the way.
+
+
+def ddpm_sample(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, z: Tensor, *, start: int | None = None,
+                generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """DDPM algorithm 2: all T steps, or those from t = `start` down, with the posterior's variance; no noise at the last.
+
+        z_{t-1} = (z_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(1 - beta_t) + sigma_t noise
+        sigma_t^2 = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
+    """
+    start = schedule.T - 1 if start is None else start
+    for t in range(check_start(start, schedule), -1, -1):
+        eps_hat = predict(z, torch.full((len(z),), t, device=z.device))
+        beta, a = schedule.betas[t].item(), schedule.alpha_bars[t].item()
+        a_before = schedule.alpha_bars[t - 1].item() if t > 0 else 1.0
+        z0_hat = (z - (1 - a) ** 0.5 * eps_hat) / a**0.5
+        z = (z - beta / (1 - a) ** 0.5 * eps_hat) / (1 - beta) ** 0.5
+        if t > 0:
+            z = z + (beta * (1 - a_before) / (1 - a)) ** 0.5 * noise_like(z, generator)
+        yield t, z, z0_hat
+
+
+def ddim_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "trailing", start: int | None = None) -> list[tuple[int, float, float]]:
+    """The (t, alpha_bar_t, alpha_bar after the step) of each of `steps` steps, noisiest first.
+
+    spacing: "trailing" begins at T-1 and ends at alpha_bar = 1, no noise left; "leading" is Stable Diffusion's: every
+    T // steps, offset 1 (981, 961, ... 1 for fifty), ending at alpha_bar_0. start: begin at this t, leave out the
+    noisier. Raises ValueError for steps outside 1 ... T, start outside 0 ... T-1 and an unknown spacing.
+    """
+    T = schedule.T
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps is {steps}; allowed are 1 to {T}")
+    if spacing == "trailing":
+        times, last = [round(T - i * T / steps) - 1 for i in range(steps)], 1.0
+    elif spacing == "leading":
+        times, last = [min(i * (T // steps) + 1, T - 1) for i in reversed(range(steps))], schedule.alpha_bars[0].item()
+    else:
+        raise ValueError(f"spacing is {spacing!r}; allowed are 'trailing' and 'leading'")
+    if start is not None:
+        times = [check_start(start, schedule)] + [t for t in times if t < start]
+    alpha_bars = [schedule.alpha_bars[t].item() for t in times]
+    return list(zip(times, alpha_bars, alpha_bars[1:] + [last]))
+
+
+def ddim_sample(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, z: Tensor, *, steps: int = 50,
+                eta: float = 0.0, spacing: str = "trailing", start: int | None = None,
+                generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """DDIM eq. 12: guess the clean latent, then go straight to the noise level of the next step.
+
+        z0_hat = (z_t - sqrt(1 - a) eps_hat) / sqrt(a)                       a, a' = alpha_bar now and after the step
+        z'     = sqrt(a') z0_hat + sqrt(1 - a' - sigma^2) eps_hat + sigma noise
+        sigma  = eta sqrt((1 - a') / (1 - a)) sqrt(1 - a / a')
+
+    eta: 0 is deterministic, 1 with all T steps is DDPM. steps, spacing, start: as in `ddim_timesteps`.
+    """
+    for t, a, a_next in ddim_timesteps(schedule, steps, spacing, start):
+        eps_hat = predict(z, torch.full((len(z),), t, device=z.device))
+        z0_hat = (z - (1 - a) ** 0.5 * eps_hat) / a**0.5
+        sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
+        z = a_next**0.5 * z0_hat + max(1 - a_next - sigma**2, 0.0) ** 0.5 * eps_hat
+        if sigma > 0:
+            z = z + sigma * noise_like(z, generator)
+        yield t, z, z0_hat
+
+
+def ddim_invert(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, z: Tensor, *, steps: int = 50,
+                spacing: str = "trailing") -> Iterator[tuple[int, Tensor, Tensor]]:
+    """`ddim_sample` (eta 0) run backwards: from a clean latent to the noise that would have drawn it.
+
+    The step up to t needs eps_hat at z_t, which is not there yet; eps_hat at the z we have, and the same t, stands in
+    for it. More steps, smaller error. Yields (t, z_t, z0_hat).
+    """
+    for t, a, a_clean in reversed(ddim_timesteps(schedule, steps, spacing)):
+        eps_hat = predict(z, torch.full((len(z),), t, device=z.device))
+        z0_hat = (z - (1 - a_clean) ** 0.5 * eps_hat) / a_clean**0.5
+        z = a**0.5 * z0_hat + (1 - a) ** 0.5 * eps_hat
+        yield t, z, z0_hat
+
+
+def check_start(start: int, schedule: NoiseSchedule) -> int:
+    if not 0 <= start < schedule.T:
+        raise ValueError(f"start is {start}; allowed are 0 to {schedule.T - 1}")
+    return start
+
+
+def noise_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
+    """N(0, I) like z, drawn where the generator lives: a CPU generator gives the same picture on every device."""
+    return torch.randn(z.shape, generator=generator, device=generator.device if generator else z.device).to(z)
+
+
+# ------------------------------------------------------------------------------------------- pipeline (chapter 8) ----
+
+
+class LatentDiffusion(nn.Module):
+    """Everything that draws: tokenizer, text_encoder, image_encoder (None at size SD1), autoencoder, unet, schedule.
+
+    config: one of the named sizes, or your own `Config`. The tokenizer is None until one is trained or loaded.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.tokenizer = config, None
+        self.text_encoder = TextEncoder(config.text)
+        self.image_encoder = ImageEncoder(config.image, config.text.width) if config.image else None
+        self.autoencoder = Autoencoder(config.autoencoder)
+        self.unet = UNet(config.unet)
+        self.schedule = NoiseSchedule(config.schedule, config.T)
+
+    @property
+    def scale_factor(self) -> float:
+        """1 / std of the autoencoder's latents, measured after stage 1 (0.18215 in Stable Diffusion 1.x)."""
+        if self.config.scale_factor is None:
+            raise ValueError("scale_factor is not measured yet; it is set after train_autoencoder, by measure_scale_factor")
+        return self.config.scale_factor
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] -> z (B, c, h, w), the posterior's mean, scaled to about unit variance."""
+        return self.scale_factor * self.autoencoder.encode(x).mean
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z (B, c, h, w) -> x (B, 3, H, W) in [-1, 1]."""
+        return self.autoencoder.decode(z / self.scale_factor).clamp(-1, 1)
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        """Prompts -> context (B, 77, d)."""
+        if self.tokenizer is None:
+            raise ValueError("tokenizer is None; train one with Tokenizer.train or load a model that has one")
+        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+
+    @torch.no_grad()
+    def denoise(self, prompts: list[str], *, steps: int = 50, guidance: float = 7.5, negative: str = "", eta: float = 0.0,
+                generator: torch.Generator | None = None, z: Tensor | None = None, start: int | None = None,
+                spacing: str = "trailing") -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The way from noise to the prompts' latents: yields (t, z, z0_hat) after every DDIM step.
+
+        z: start here, not from fresh noise; with `start`, at that timestep (picture to picture). Else as `generate`.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts is {prompts!r}; a list of at least one string is needed")
+        if not (math.isfinite(guidance) and math.isfinite(eta) and 0 <= eta <= 1):
+            raise ValueError(f"guidance is {guidance}, eta {eta}; both must be finite, eta in [0, 1]")
+        context = self.embed(prompts)
+        if z is None:
+            side = self.config.image_size // self.autoencoder.f
+            shape = torch.empty(len(prompts), self.autoencoder.channels, side, side, device=self.device, dtype=context.dtype)
+            z = noise_like(shape, generator)
+        if guidance == 1:
+            predict, context = self.unet, self.unet.prepare(context)
+        else:
+            predict = lambda z, t, context: guided_eps(self.unet, z, t, context, guidance)  # noqa: E731
+            context = self.unet.prepare(torch.cat([self.embed([negative]).expand_as(context), context]))
+        yield from ddim_sample(lambda z, t: predict(z, t, context), self.schedule, z, steps=steps, eta=eta, spacing=spacing,
+                               start=start, generator=generator)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[str], *, steps: int = 50, guidance: float = 7.5, negative: str = "", eta: float = 0.0,
+                 generator: torch.Generator | None = None) -> Tensor:
+        """Draw the prompts: fifty denoising steps in latent space, one decode. Returns x (B, 3, H, W) in [-1, 1].
+
+        steps: 1 ... T. guidance: w; 1 = plain conditional. negative: what to steer away from. eta: 0 = deterministic
+        given the first noise, 1 = as random as DDPM. generator: of all noise. Raises ValueError for what is not allowed.
+        """
+        for _, z, _ in self.denoise(prompts, steps=steps, guidance=guidance, negative=negative, eta=eta, generator=generator):
+            pass
+        return self.decode(z)
+
+    def save(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json, tokenizer.json and model.safetensors (in `dtype`) into `folder`, whole or not at all."""
+        save_model(self, dataclasses.asdict(self.config), folder, dtype)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> LatentDiffusion:
+        """A model that `save` wrote, in float32, in eval mode. Raises ValueError saying which folder is wrong and why."""
+        return load_model(lambda config: cls(Config.from_dict(config)), folder)
+
+
+# ------------------------------------------------------------------------------------------------------ files ----
+
+
+def save_model(model: CLIP | LatentDiffusion, config: dict, folder: str | os.PathLike, dtype: torch.dtype) -> None:
+    with whole_folder(folder) as partial:
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if model.tokenizer:
+            model.tokenizer.save(partial / "tokenizer.json")
+        state = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
+        safetensors.torch.save_file(state, partial / "model.safetensors")
+
+
+def load_model(build: Callable[[dict], nn.Module], folder: str | os.PathLike) -> nn.Module:
+    folder = pathlib.Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no saved model: it has no config.json")
+    try:
+        model = build(json.loads((folder / "config.json").read_text()))
+        if (folder / "tokenizer.json").is_file():
+            model.tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{folder} is not a whole model of ours: {' '.join(str(error).split())[:300]}") from None
+    return model.eval()
+
+
+def from_json(kind: type, values: dict) -> object:
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # JSON knows no tuples
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A folder beside `folder` to write into, moved into its place when all is written; else removed."""
+    folder = pathlib.Path(folder)
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------- training (chapter 8) ----
+#
+# Each stage is a generator that yields (steps done, losses): plots, bars and files stay outside. All randomness of a step
+# comes from (seed, stage, step), drawn for the whole batch and then shared out among processes; so a run of many GPUs sees
+# the noise of one, and a run that was killed goes on as if nothing had happened. `resume` is handed the stage's stateful
+# parts by name, may load an earlier run's state into them, and returns the step to go on from.
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """steps, batch (over all processes) and learning_rate of a training; `warmup` steps of rising rate, then a cosine."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup: int = 50
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: up in a line over `warmup` steps, then down a cosine to a fiftieth."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.learning_rate * (0.51 + 0.49 * math.cos(math.pi * done))
+
+
+def from_the_start(parts: dict) -> int:
+    return 0
+
+
+class Trainee:
+    """A module with its AdamW, prepared by accelerate; `step(loss)` is one update, gradients clipped to norm 1."""
+
+    def __init__(self, module: nn.Module, stage: Stage, accelerator: Accelerator):
+        self.module, self.stage, self.accelerator = module.train().requires_grad_(True).to(accelerator.device), stage, accelerator
+        adamw = torch.optim.AdamW(module.parameters(), stage.learning_rate, betas=(0.9, 0.99), fused=True)
+        self.net, self.optimizer = accelerator.prepare(module, adamw)
+
+    def step(self, loss: Tensor, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.stage.rate(step)
+        self.accelerator.backward(loss)
+        self.accelerator.unscale_gradients(self.optimizer)
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def done(self) -> None:
+        self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)  # take off the wrapper of mixed precision
+        self.module.eval()
+
+
+class EMA:
+    """Exponential moving average of a module's weights: ema = decay ema + (1 - decay) weights, after every step.
+
+    Early on the decay is (1 + step) / (10 + step), so that the start is forgotten. `module` holds the average.
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.999):
+        self.module, self.decay = copy.deepcopy(module).eval().requires_grad_(False), decay
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
+
+
+def step_generator(seed: int, stage: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, stage, step]).generate_state(1)[0]))
+
+
+def draw_rows(count: int, batch: int, generator: torch.Generator) -> Tensor:
+    """`batch` row numbers below `count`, without repeats where there are enough rows."""
+    if count < batch:
+        return torch.randint(count, (batch,), generator=generator)
+    return torch.randperm(count, generator=generator)[:batch]
+
+
+def my_share(accelerator: Accelerator, batch: int) -> slice:
+    """The part of the global batch that this process computes."""
+    share, rest = divmod(batch, accelerator.num_processes)
+    if rest:
+        raise ValueError(f"batch is {batch}; it must be a multiple of the number of processes, {accelerator.num_processes}")
+    return slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+
+
+def gather_with_gradient(features: Tensor, accelerator: Accelerator) -> Tensor:
+    """Everybody's features, in the order of the global batch; gradients flow back to the process they came from."""
+    if accelerator.num_processes == 1:
+        return features
+    return torch.cat(torch.distributed.nn.functional.all_gather(features))
+
+
+def train_clip(clip: CLIP, data: CaptionedImages, stage: Stage, *, seed: int = 0, accelerator: Accelerator | None = None,
+               resume: Callable[[dict], int] = from_the_start) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Stage 0: bring pictures and their captions together. Yields (step, {"clip": loss}); updates `clip` in place."""
+    accelerator = accelerator or Accelerator()
+    trainee, tokens, mine = Trainee(clip, stage, accelerator), clip.tokenizer(data.captions), my_share(accelerator, stage.batch)
+    for step in range(resume({"clip": clip, "optimizer": trainee.optimizer}), stage.steps):
+        rows = draw_rows(len(data), stage.batch, step_generator(seed, 0, step))[mine]
+        x, y = data.pictures(rows).to(accelerator.device), tokens[rows].to(accelerator.device)
+        image_features, text_features, scale = trainee.net(x, y)
+        loss = clip_loss(*[gather_with_gradient(f, accelerator) for f in (image_features, text_features)], scale)
+        trainee.step(loss, step)
+        yield step + 1, {"clip": loss.detach()}
+    trainee.done()
+
+
+def train_autoencoder(model: LatentDiffusion, data: CaptionedImages, stage: Stage, *, perceptual: nn.Module | None = None,
+                      discriminator: PatchDiscriminator | None = None, seed: int = 0, accelerator: Accelerator | None = None,
+                      resume: Callable[[dict], int] = from_the_start) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Stage 1: squeeze and restore. Yields (step, parts of the loss); updates `model.autoencoder` in place.
+
+    perceptual: by default the features of the model's own picture tower. The discriminator joins at step
+    `config.adversarial_start`; weights of all terms are the config's. Call `measure_scale_factor` afterwards.
+    """
+    accelerator, config = accelerator or Accelerator(), model.config
+    perceptual = perceptual or PerceptualLoss(model.image_encoder.eval().requires_grad_(False).to(accelerator.device).features)
+    generator = Trainee(model.autoencoder, stage, accelerator)
+    judge = Trainee(discriminator or PatchDiscriminator(32, 2), stage, accelerator)
+    weights = dict(kl_weight=config.kl_weight, perceptual_weight=config.perceptual_weight, adversarial_weight=config.adversarial_weight)
+    mine, side = my_share(accelerator, stage.batch), config.image_size // model.autoencoder.f
+    for step in range(resume({"autoencoder": model.autoencoder, "discriminator": judge.module, "optimizer": generator.optimizer,
+                              "discriminator_optimizer": judge.optimizer}), stage.steps):
+        random = step_generator(seed, 1, step)
+        x = data.pictures(draw_rows(len(data), stage.batch, random)[mine]).to(accelerator.device)
+        eps = torch.randn(stage.batch, model.autoencoder.channels, side, side, generator=random)[mine].to(accelerator.device)
+        adversary = judge.module.requires_grad_(False) if step >= config.adversarial_start else None
+        x_hat, posterior = generator.net(x, eps)
+        loss, parts = autoencoder_loss(x, x_hat, posterior, perceptual, adversary, model.autoencoder.last_weight, **weights)
+        generator.step(loss, step)
+        if adversary is not None:
+            judge.module.requires_grad_(True)
+            parts["discriminator"] = discriminator_loss(*judge.net(torch.cat([x, x_hat.detach()])).chunk(2))
+            judge.step(parts["discriminator"], step)
+        yield step + 1, {name: part.detach() for name, part in parts.items()}
+    generator.done()
+    judge.done()
+
+
+@torch.no_grad()
+def encode_all(model: LatentDiffusion, data: CaptionedImages, batch: int = 256) -> Tensor:
+    """The latents' Gaussians of every picture, once: (N, 2c, h, w) of means and log-variances, on the CPU."""
+    gaussians = [model.autoencoder.encode(data.pictures(slice(i, i + batch)).to(model.device)) for i in range(0, len(data), batch)]
+    return torch.cat([torch.cat([g.mean, g.logvar], dim=1).float().cpu() for g in gaussians])
+
+
+@torch.no_grad()
+def measure_scale_factor(model: LatentDiffusion, data: CaptionedImages, seed: int = 0) -> float:
+    """1 / std of the sampled latents of `data` (Rombach et al. app. G): stored in the model's config, and returned."""
+    posterior = Gaussian(encode_all(model, data))
+    z = posterior.sample(torch.randn(posterior.mean.shape, generator=step_generator(seed, 2, 0)))
+    model.config = dataclasses.replace(model.config, scale_factor=1 / z.std().item())
+    return model.scale_factor
+
+
+def train_denoiser(model: LatentDiffusion, data: CaptionedImages, stage: Stage, *, caption_dropout: float = 0.1, seed: int = 0,
+                   ema_decay: float = 0.999, accelerator: Accelerator | None = None,
+                   resume: Callable[[dict], int] = from_the_start) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Stage 2: E || eps - eps_theta(z_t, t, y) ||^2 over latents encoded once, with captions dropped now and then.
+
+    Yields (step, {"mse": loss}); at the end `model.unet` holds the averaged weights. Dropping the caption (for the empty
+    one) teaches the unconditional prediction that guidance needs.
+    """
+    accelerator = accelerator or Accelerator()
+    device = accelerator.device
+    moments, contexts, empty = encode_all(model.to(device).eval(), data), *embed_all(model, data.captions)
+    ema, trainee, mine = EMA(model.unet, ema_decay), Trainee(model.unet, stage, accelerator), my_share(accelerator, stage.batch)
+    shape = (model.autoencoder.channels, *moments.shape[2:])
+    for step in range(resume({"unet": model.unet, "optimizer": trainee.optimizer, "ema": ema.module}), stage.steps):
+        random = step_generator(seed, 3, step)
+        rows = draw_rows(len(data), stage.batch, random)[mine]
+        t = torch.randint(model.schedule.T, (stage.batch,), generator=random)[mine].to(device)
+        drop = (torch.rand(stage.batch, generator=random) < caption_dropout)[mine].to(device)
+        eps_posterior, eps = torch.randn(2, stage.batch, *shape, generator=random)[:, mine].to(device)
+        z = model.scale_factor * Gaussian(moments[rows].to(device)).sample(eps_posterior)   # (B, c, h, w)
+        context = torch.where(drop[:, None, None], empty, contexts[rows].to(device).float())  # (B, 77, d)
+        loss = F.mse_loss(trainee.net(model.schedule.add_noise(z, t, eps), t, context).float(), eps)
+        trainee.step(loss, step)
+        ema.update(model.unet, step)
+        yield step + 1, {"mse": loss.detach()}
+    trainee.done()
+    model.unet.load_state_dict(ema.module.state_dict())
+
+
+@torch.no_grad()
+def embed_all(model: LatentDiffusion, captions: list[str], batch: int = 256) -> tuple[Tensor, Tensor]:
+    """The frozen text encoder's context of every caption, once, in half precision on the CPU; and that of the empty one."""
+    contexts = [model.embed(captions[i:i + batch]).half().cpu() for i in range(0, len(captions), batch)]
+    return torch.cat(contexts), model.embed([""])
+
+
+# ---------------------------------------------------------------------------------------------------------- sizes ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One size of the whole model, and the recipe that trains it. Plain data: asdict and JSON write it, from_dict reads it.
+
+    image: None where there is no picture tower. scale_factor: None until it is measured. adversarial_start: the
+    discriminator's first step.
+    """
+
+    name: str
+    image_size: int
+    text: TextConfig
+    image: ImageConfig | None
+    autoencoder: AutoencoderConfig
+    unet: UNetConfig
+    clip_stage: Stage | None = None
+    autoencoder_stage: Stage | None = None
+    denoiser_stage: Stage | None = None
+    schedule: str = "scaled-linear"
+    T: int = 1000
+    scale_factor: float | None = None
+    kl_weight: float = 1e-6
+    perceptual_weight: float = 1.0
+    adversarial_weight: float = 0.5
+    adversarial_start: int = 500
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Config:
+        kinds = {"text": TextConfig, "image": ImageConfig, "autoencoder": AutoencoderConfig, "unet": UNetConfig,
+                 "clip_stage": Stage, "autoencoder_stage": Stage, "denoiser_stage": Stage}
+        return cls(**{k: from_json(kinds[k], v) if k in kinds and v is not None else v for k, v in values.items()})
+
+
+SHAPES = Config(
+    name="shapes", image_size=32, schedule="scaled-linear",
+    text=TextConfig(vocab_size=768, width=128, layers=2, heads=4),
+    image=ImageConfig(width=16, mult=(1, 2, 4), groups=8),
+    autoencoder=AutoencoderConfig(width=16, mult=(1, 2, 4), blocks=1, channels=4, groups=8),
+    unet=UNetConfig(channels=4, width=64, mult=(1, 2), blocks=1, attention=(0, 1), heads=4, context_width=128, groups=16),
+    clip_stage=Stage(steps=400, batch=128, learning_rate=1e-3),
+    autoencoder_stage=Stage(steps=1000, batch=32, learning_rate=2e-3),
+    denoiser_stage=Stage(steps=2000, batch=64, learning_rate=1e-3),
+    perceptual_weight=0.1, adversarial_start=500,
+)
+
+SD1 = Config(
+    name="sd1", image_size=512, scale_factor=0.18215,
+    text=TextConfig(), image=None, autoencoder=AutoencoderConfig(), unet=UNetConfig(),
+)
+
+NAMED_SIZES = {size.name: size for size in (SHAPES, SD1)}
