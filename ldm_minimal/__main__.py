@@ -237,8 +237,8 @@ def sized_config(args: argparse.Namespace) -> Config:
                  "learning_rate": getattr(args, f"rate_{stage}")}
         recipe = dataclasses.replace(getattr(config, f"{stage}_stage"), **{k: v for k, v in given.items() if v is not None})
         config = dataclasses.replace(config, **{f"{stage}_stage": recipe})
-    start = min(config.adversarial_start, config.autoencoder_stage.steps // 2)
-    return dataclasses.replace(config, adversarial_start=start)
+    share = config.autoencoder_stage.steps / NAMED_SIZES[args.size].autoencoder_stage.steps  # a longer training waits longer
+    return dataclasses.replace(config, adversarial_start=round(config.adversarial_start * share))
 
 
 def mixed_precision(choice: str) -> str:

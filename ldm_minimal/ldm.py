@@ -55,21 +55,21 @@ from tqdm.auto import tqdm
 __all__ = [
     "NoiseSchedule",
     "timestep_embedding", "ResBlock", "Attention", "TransformerBlock", "Downsample", "Upsample",
-    "AutoencoderConfig", "Gaussian", "Autoencoder", "PatchDiscriminator", "PerceptualLoss", "adaptive_weight",
-    "autoencoder_loss", "discriminator_loss",
+    "AutoencoderConfig", "Gaussian", "AttentionBlock", "Autoencoder", "PatchDiscriminator", "PerceptualLoss", "VGGFeatures",
+    "adaptive_weight", "autoencoder_loss", "discriminator_loss",
     "CaptionedImages",
-    "Tokenizer", "TextConfig", "TextEncoder", "ImageConfig", "ImageEncoder", "CLIP", "clip_loss",
-    "UNetConfig", "UNet",
+    "Tokenizer", "TextConfig", "TextLayer", "TextEncoder", "ImageConfig", "ImageEncoder", "CLIP", "clip_loss",
+    "UNetConfig", "UNetBlock", "UNet",
     "guided_eps",
     "ddim_timesteps", "ddpm_sample", "ddim_sample", "ddim_invert",
     "LatentDiffusion",
-    "EMA", "train_clip", "train_autoencoder", "measure_scale_factor", "train_denoiser",
-    "Stage", "Config", "SHAPES", "SD1", "NAMED_SIZES",
+    "Stage", "Trainee", "EMA", "train_clip", "train_autoencoder", "encode_all", "measure_scale_factor", "embed_all",
+    "train_denoiser",
+    "Config", "SHAPES", "SD1", "NAMED_SIZES",
 ]
 
 
 # ---------------------------------------------------------------------------------------------- noise (chapter 1) ----
-
 
 class NoiseSchedule:
     """How fast a picture drowns in noise: beta_t, and alpha_bar_t, the share of signal power that is left at step t.
@@ -105,8 +105,8 @@ class NoiseSchedule:
         z, eps: (B, ...); t: (B,) long in 0 ... T-1. Returns z_t like z.
         """
         shape = (-1,) + (1,) * (z.ndim - 1)
-        signal = self.alpha_bars.sqrt().to(z.device, z.dtype)[t].view(shape)
-        noise = (1 - self.alpha_bars).sqrt().to(z.device, z.dtype)[t].view(shape)
+        signal = self.alpha_bars.sqrt().to(z.dtype).to(z.device)[t].view(shape)
+        noise = (1 - self.alpha_bars).sqrt().to(z.dtype).to(z.device)[t].view(shape)
         return signal * z + noise * eps
 
     def snr(self) -> Tensor:
@@ -115,7 +115,6 @@ class NoiseSchedule:
 
 
 # ------------------------------------------------------------------------------------- blocks (chapters 2, 3, 5) ----
-
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Each t as cosines, then sines, of `width` / 2 frequencies from 1 down to nearly 1/10000. (B,) -> (B, width)."""
@@ -205,19 +204,19 @@ class TransformerBlock(nn.Module):
         self.project_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor | dict) -> Tensor:
-        h = self.project_in(rows(self.norm(x)))                                             # (B, H*W, C)
+        h = self.project_in(_rows(self.norm(x)))                                             # (B, H*W, C)
         h = h + self.attend_self(self.norm_self(h))
         h = h + self.attend_cross(self.norm_cross(h), context)
         value, gate = self.geglu(self.norm_mlp(h)).chunk(2, dim=-1)
         h = h + self.mlp_out(value * F.gelu(gate))
-        return x + grid(self.project_out(h), x.shape)                                       # (B, C, H, W)
+        return x + _grid(self.project_out(h), x.shape)                                       # (B, C, H, W)
 
 
-def rows(x: Tensor) -> Tensor:
+def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, C, H, W) -> (B, H*W, C); no copy where x is channels_last
 
 
-def grid(x: Tensor, shape: torch.Size) -> Tensor:
+def _grid(x: Tensor, shape: torch.Size) -> Tensor:
     return x.unflatten(1, shape[2:]).permute(0, 3, 1, 2)  # (B, H*W, C) -> (B, C, H, W)
 
 
@@ -234,7 +233,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width: every pixel four times, then a 3x3 convolution."""
+    """Double height and width: every pixel four times, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -245,7 +244,6 @@ class Upsample(nn.Module):
 
 
 # --------------------------------------------------------------------------------------- autoencoder (chapter 3) ----
-
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
@@ -285,7 +283,7 @@ class AttentionBlock(nn.Module):
         self.attention = Attention(width, heads=1, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + grid(self.attention(rows(self.norm(x))), x.shape)
+        return x + _grid(self.attention(_rows(self.norm(x))), x.shape)
 
 
 class Autoencoder(nn.Module):
@@ -322,11 +320,6 @@ class Autoencoder(nn.Module):
         self.decoder = nn.Sequential(*up, *end(c, 3))
         nn.init.constant_(self.to_moments.bias[config.channels:], -6.0)  # a latent starts nearly sure of itself: std e^-3
         self.to(memory_format=torch.channels_last)
-
-    @property
-    def last_weight(self) -> Tensor:
-        """The decoder's last convolution, where the adaptive weight compares gradients."""
-        return self.decoder[-1].weight
 
     def encode(self, x: Tensor) -> Gaussian:
         if x.shape[-1] % self.f or x.shape[-2] % self.f:
@@ -376,9 +369,9 @@ class PerceptualLoss(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         distance = x.new_zeros(len(x))
         for i, (a, b) in enumerate(zip(self.features(x), self.features(y))):
-            square = (unit_length(a) - unit_length(b)) ** 2                                 # (B, C, h, w)
+            a, b = [m * torch.rsqrt((m**2).sum(dim=1, keepdim=True) + 1e-10) for m in (a, b)]  # (B, C, h, w)
             weight = 1 if self.layer_weights is None else self.layer_weights[i].to(x).view(1, -1, 1, 1)
-            distance = distance + (weight * square).sum(dim=1).mean(dim=(1, 2))
+            distance = distance + (weight * (a - b) ** 2).sum(dim=1).mean(dim=(1, 2))
         return distance
 
     @classmethod
@@ -387,12 +380,8 @@ class PerceptualLoss(nn.Module):
         missing = [k for k in ["features.0.weight", "features.28.bias"] if k not in vgg]
         missing += [k for k in [f"lin{i}.model.1.weight" for i in range(5)] if k not in lpips]
         if missing:
-            raise ValueError(f"vgg or lpips lacks {', '.join(missing)}; needed are torchvision's VGG16 and lpips' v0.1 'vgg' weights")
+            raise ValueError(f"vgg or lpips lacks {', '.join(missing)}; they are torchvision's VGG16 and lpips' v0.1 'vgg' weights")
         return cls(VGGFeatures(vgg), [lpips[f"lin{i}.model.1.weight"].flatten() for i in range(5)])
-
-
-def unit_length(a: Tensor) -> Tensor:
-    return a * torch.rsqrt((a**2).sum(dim=1, keepdim=True) + 1e-10)
 
 
 class VGGFeatures(nn.Module):
@@ -452,7 +441,6 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------- data ----
-
 
 class CaptionedImages:
     """A folder of pictures with a `metadata.jsonl` of {"file_name": ..., "text": ...} lines (the imagefolder convention).
@@ -515,7 +503,6 @@ class CaptionedImages:
 
 # ---------------------------------------------------------------------------------------------- text (chapter 5) ----
 
-
 class Tokenizer:
     """Captions to numbers as CLIP does it: lower case, byte pairs that end words with </w>, 77 tokens.
 
@@ -569,20 +556,20 @@ class Tokenizer:
             encoding = self.engine.encode(caption)
             ids, room = encoding.ids, self.length - 2
             if len(ids) > room:
-                cut = self.engine.normalizer.normalize_str(caption)[encoding.offsets[room][0]:]
+                cut = caption[encoding.offsets[room][0]:]
                 warnings.warn(f"the caption has {len(ids)} tokens, {room} fit; cut off: {cut!r}", stacklevel=2)
             batch[i, 0] = self.start
             batch[i, 1:len(ids[:room]) + 1] = torch.tensor(ids[:room], dtype=torch.long)
         return batch
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write {"vocab", "merges", "length"} as JSON."""
-        text = json.dumps({"length": self.length, "merges": self.merges, "vocab": self.vocab}, indent=0, ensure_ascii=False)
-        pathlib.Path(path).write_text(text, encoding="utf-8")
+        """Write a tokenizer.json of the `tokenizers` library."""
+        self.engine.save(str(path))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Tokenizer:
-        return cls(**json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
+    def load(cls, path: str | os.PathLike, length: int = 77) -> Tokenizer:
+        model = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))["model"]
+        return cls(model["vocab"], model["merges"], length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -628,10 +615,10 @@ class TextEncoder(nn.Module):
 
     def pool(self, tokens: Tensor, context: Tensor) -> Tensor:
         """The context at the FIRST end token, which has seen the whole caption. -> (B, width)."""
-        return context[torch.arange(len(tokens), device=tokens.device), first_end(tokens)]
+        return context[torch.arange(len(tokens), device=tokens.device), _first_end(tokens)]
 
 
-def first_end(tokens: Tensor) -> Tensor:
+def _first_end(tokens: Tensor) -> Tensor:
     return (tokens == tokens[:, -1:]).int().argmax(dim=1)  # every caption's last token is an end token
 
 
@@ -686,12 +673,12 @@ class CLIP(nn.Module):
     def save(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json, tokenizer.json and model.safetensors (in `dtype`) into `folder`, whole or not at all."""
         towers = {"text": self.text_encoder.config, "image": self.image_encoder.config}
-        save_model(self, {name: dataclasses.asdict(config) for name, config in towers.items()}, folder, dtype)
+        _save_model(self, {name: dataclasses.asdict(config) for name, config in towers.items()}, folder, dtype)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> CLIP:
         """What `save` wrote, in float32, in eval mode. Raises ValueError saying which folder is wrong and why."""
-        return load_model(lambda config: cls.build(from_json(TextConfig, config["text"]), from_json(ImageConfig, config["image"])), folder)
+        return _load_model(lambda config: cls.build(_from_json(TextConfig, config["text"]), _from_json(ImageConfig, config["image"])), folder)
 
     @classmethod
     def build(cls, text: TextConfig, image: ImageConfig) -> CLIP:
@@ -702,7 +689,7 @@ class CLIP(nn.Module):
         return F.normalize(self.image_encoder(x), dim=-1)
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        tokens = tokens[:, :first_end(tokens).max() + 1]  # attention is causal: what follows the first end token is not seen
+        tokens = tokens[:, :_first_end(tokens).max() + 1]  # attention is causal: what follows the first end token is not seen
         return F.normalize(self.text_encoder.pool(tokens, self.text_encoder(tokens)), dim=-1)
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -720,7 +707,6 @@ def clip_loss(image_features: Tensor, text_features: Tensor, scale: Tensor | flo
 
 
 # ------------------------------------------------------------------------------------ denoiser (chapters 2 and 5) ----
-
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
@@ -809,7 +795,6 @@ class UNet(nn.Module):
 
 # ------------------------------------------------------------------------------------------ guidance (chapter 6) ----
 
-
 def guided_eps(unet: UNet, z_t: Tensor, t: Tensor, context: Tensor | dict, guidance: float) -> Tensor:
     """eps(z_t, t, empty) + w (eps(z_t, t, y) - eps(z_t, t, empty)), both from one forward pass of twice the batch.
 
@@ -833,14 +818,14 @@ def ddpm_sample(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSche
         sigma_t^2 = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
     """
     start = schedule.T - 1 if start is None else start
-    for t in range(check_start(start, schedule), -1, -1):
+    for t in range(_check_start(start, schedule), -1, -1):
         eps_hat = predict(z, torch.full((len(z),), t, device=z.device))
         beta, a = schedule.betas[t].item(), schedule.alpha_bars[t].item()
         a_before = schedule.alpha_bars[t - 1].item() if t > 0 else 1.0
         z0_hat = (z - (1 - a) ** 0.5 * eps_hat) / a**0.5
         z = (z - beta / (1 - a) ** 0.5 * eps_hat) / (1 - beta) ** 0.5
         if t > 0:
-            z = z + (beta * (1 - a_before) / (1 - a)) ** 0.5 * noise_like(z, generator)
+            z = z + (beta * (1 - a_before) / (1 - a)) ** 0.5 * _noise_like(z, generator)
         yield t, z, z0_hat
 
 
@@ -861,7 +846,7 @@ def ddim_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "trailing
     else:
         raise ValueError(f"spacing is {spacing!r}; allowed are 'trailing' and 'leading'")
     if start is not None:
-        times = [check_start(start, schedule)] + [t for t in times if t < start]
+        times = [_check_start(start, schedule)] + [t for t in times if t < start]
     alpha_bars = [schedule.alpha_bars[t].item() for t in times]
     return list(zip(times, alpha_bars, alpha_bars[1:] + [last]))
 
@@ -883,7 +868,7 @@ def ddim_sample(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSche
         sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
         z = a_next**0.5 * z0_hat + max(1 - a_next - sigma**2, 0.0) ** 0.5 * eps_hat
         if sigma > 0:
-            z = z + sigma * noise_like(z, generator)
+            z = z + sigma * _noise_like(z, generator)
         yield t, z, z0_hat
 
 
@@ -901,19 +886,18 @@ def ddim_invert(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSche
         yield t, z, z0_hat
 
 
-def check_start(start: int, schedule: NoiseSchedule) -> int:
+def _check_start(start: int, schedule: NoiseSchedule) -> int:
     if not 0 <= start < schedule.T:
         raise ValueError(f"start is {start}; allowed are 0 to {schedule.T - 1}")
     return start
 
 
-def noise_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
-    """N(0, I) like z, drawn where the generator lives: a CPU generator gives the same picture on every device."""
+def _noise_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
+    # Drawn where the generator lives: a CPU generator gives the same picture on every device.
     return torch.randn(z.shape, generator=generator, device=generator.device if generator else z.device).to(z)
 
 
 # ------------------------------------------------------------------------------------------- pipeline (chapter 8) ----
-
 
 class LatentDiffusion(nn.Module):
     """Everything that draws: tokenizer, text_encoder, image_encoder (None at size SD1), autoencoder, unet, schedule.
@@ -971,7 +955,7 @@ class LatentDiffusion(nn.Module):
         if z is None:
             side = self.config.image_size // self.autoencoder.f
             shape = torch.empty(len(prompts), self.autoencoder.channels, side, side, device=self.device, dtype=context.dtype)
-            z = noise_like(shape, generator)
+            z = _noise_like(shape, generator)
         if guidance == 1:
             predict, context = self.unet, self.unet.prepare(context)
         else:
@@ -994,19 +978,18 @@ class LatentDiffusion(nn.Module):
 
     def save(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json, tokenizer.json and model.safetensors (in `dtype`) into `folder`, whole or not at all."""
-        save_model(self, dataclasses.asdict(self.config), folder, dtype)
+        _save_model(self, dataclasses.asdict(self.config), folder, dtype)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> LatentDiffusion:
         """A model that `save` wrote, in float32, in eval mode. Raises ValueError saying which folder is wrong and why."""
-        return load_model(lambda config: cls(Config.from_dict(config)), folder)
+        return _load_model(lambda config: cls(Config.from_dict(config)), folder)
 
 
 # ------------------------------------------------------------------------------------------------------ files ----
 
-
-def save_model(model: CLIP | LatentDiffusion, config: dict, folder: str | os.PathLike, dtype: torch.dtype) -> None:
-    with whole_folder(folder) as partial:
+def _save_model(model: CLIP | LatentDiffusion, config: dict, folder: str | os.PathLike, dtype: torch.dtype) -> None:
+    with _whole_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if model.tokenizer:
             model.tokenizer.save(partial / "tokenizer.json")
@@ -1014,7 +997,7 @@ def save_model(model: CLIP | LatentDiffusion, config: dict, folder: str | os.Pat
         safetensors.torch.save_file(state, partial / "model.safetensors")
 
 
-def load_model(build: Callable[[dict], nn.Module], folder: str | os.PathLike) -> nn.Module:
+def _load_model(build: Callable[[dict], nn.Module], folder: str | os.PathLike) -> nn.Module:
     folder = pathlib.Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no saved model: it has no config.json")
@@ -1028,12 +1011,12 @@ def load_model(build: Callable[[dict], nn.Module], folder: str | os.PathLike) ->
     return model.eval()
 
 
-def from_json(kind: type, values: dict) -> object:
+def _from_json(kind: type, values: dict) -> object:
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # JSON knows no tuples
 
 
 @contextlib.contextmanager
-def whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+def _whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A folder beside `folder` to write into, moved into its place when all is written; else removed."""
     folder = pathlib.Path(folder)
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
@@ -1076,10 +1059,6 @@ class Stage:
         return self.learning_rate * (0.51 + 0.49 * math.cos(math.pi * done))
 
 
-def from_the_start(parts: dict) -> int:
-    return 0
-
-
 class Trainee:
     """A module with its AdamW, prepared by accelerate; `step(loss)` is one update, gradients clipped to norm 1."""
 
@@ -1117,18 +1096,18 @@ class EMA:
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
 
 
-def step_generator(seed: int, stage: int, step: int) -> torch.Generator:
+def _step_generator(seed: int, stage: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, stage, step]).generate_state(1)[0]))
 
 
-def draw_rows(count: int, batch: int, generator: torch.Generator) -> Tensor:
+def _draw_rows(count: int, batch: int, generator: torch.Generator) -> Tensor:
     """`batch` row numbers below `count`, without repeats where there are enough rows."""
     if count < batch:
         return torch.randint(count, (batch,), generator=generator)
     return torch.randperm(count, generator=generator)[:batch]
 
 
-def my_share(accelerator: Accelerator, batch: int) -> slice:
+def _my_share(accelerator: Accelerator, batch: int) -> slice:
     """The part of the global batch that this process computes."""
     share, rest = divmod(batch, accelerator.num_processes)
     if rest:
@@ -1136,7 +1115,7 @@ def my_share(accelerator: Accelerator, batch: int) -> slice:
     return slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
 
-def gather_with_gradient(features: Tensor, accelerator: Accelerator) -> Tensor:
+def _gather_with_gradient(features: Tensor, accelerator: Accelerator) -> Tensor:
     """Everybody's features, in the order of the global batch; gradients flow back to the process they came from."""
     if accelerator.num_processes == 1:
         return features
@@ -1144,15 +1123,15 @@ def gather_with_gradient(features: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 def train_clip(clip: CLIP, data: CaptionedImages, stage: Stage, *, seed: int = 0, accelerator: Accelerator | None = None,
-               resume: Callable[[dict], int] = from_the_start) -> Iterator[tuple[int, dict[str, Tensor]]]:
+               resume: Callable[[dict], int] = lambda parts: 0) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Stage 0: bring pictures and their captions together. Yields (step, {"clip": loss}); updates `clip` in place."""
     accelerator = accelerator or Accelerator()
-    trainee, tokens, mine = Trainee(clip, stage, accelerator), clip.tokenizer(data.captions), my_share(accelerator, stage.batch)
+    trainee, tokens, mine = Trainee(clip, stage, accelerator), clip.tokenizer(data.captions), _my_share(accelerator, stage.batch)
     for step in range(resume({"clip": clip, "optimizer": trainee.optimizer}), stage.steps):
-        rows = draw_rows(len(data), stage.batch, step_generator(seed, 0, step))[mine]
+        rows = _draw_rows(len(data), stage.batch, _step_generator(seed, 0, step))[mine]
         x, y = data.pictures(rows).to(accelerator.device), tokens[rows].to(accelerator.device)
         image_features, text_features, scale = trainee.net(x, y)
-        loss = clip_loss(*[gather_with_gradient(f, accelerator) for f in (image_features, text_features)], scale)
+        loss = clip_loss(*[_gather_with_gradient(f, accelerator) for f in (image_features, text_features)], scale)
         trainee.step(loss, step)
         yield step + 1, {"clip": loss.detach()}
     trainee.done()
@@ -1160,7 +1139,7 @@ def train_clip(clip: CLIP, data: CaptionedImages, stage: Stage, *, seed: int = 0
 
 def train_autoencoder(model: LatentDiffusion, data: CaptionedImages, stage: Stage, *, perceptual: nn.Module | None = None,
                       discriminator: PatchDiscriminator | None = None, seed: int = 0, accelerator: Accelerator | None = None,
-                      resume: Callable[[dict], int] = from_the_start) -> Iterator[tuple[int, dict[str, Tensor]]]:
+                      resume: Callable[[dict], int] = lambda parts: 0) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Stage 1: squeeze and restore. Yields (step, parts of the loss); updates `model.autoencoder` in place.
 
     perceptual: by default the features of the model's own picture tower. The discriminator joins at step
@@ -1171,15 +1150,15 @@ def train_autoencoder(model: LatentDiffusion, data: CaptionedImages, stage: Stag
     generator = Trainee(model.autoencoder, stage, accelerator)
     judge = Trainee(discriminator or PatchDiscriminator(32, 2), stage, accelerator)
     weights = dict(kl_weight=config.kl_weight, perceptual_weight=config.perceptual_weight, adversarial_weight=config.adversarial_weight)
-    mine, side = my_share(accelerator, stage.batch), config.image_size // model.autoencoder.f
+    mine, side = _my_share(accelerator, stage.batch), config.image_size // model.autoencoder.f
     for step in range(resume({"autoencoder": model.autoencoder, "discriminator": judge.module, "optimizer": generator.optimizer,
                               "discriminator_optimizer": judge.optimizer}), stage.steps):
-        random = step_generator(seed, 1, step)
-        x = data.pictures(draw_rows(len(data), stage.batch, random)[mine]).to(accelerator.device)
+        random = _step_generator(seed, 1, step)
+        x = data.pictures(_draw_rows(len(data), stage.batch, random)[mine]).to(accelerator.device)
         eps = torch.randn(stage.batch, model.autoencoder.channels, side, side, generator=random)[mine].to(accelerator.device)
         adversary = judge.module.requires_grad_(False) if step >= config.adversarial_start else None
         x_hat, posterior = generator.net(x, eps)
-        loss, parts = autoencoder_loss(x, x_hat, posterior, perceptual, adversary, model.autoencoder.last_weight, **weights)
+        loss, parts = autoencoder_loss(x, x_hat, posterior, perceptual, adversary, model.autoencoder.decoder[-1].weight, **weights)
         generator.step(loss, step)
         if adversary is not None:
             judge.module.requires_grad_(True)
@@ -1191,24 +1170,32 @@ def train_autoencoder(model: LatentDiffusion, data: CaptionedImages, stage: Stag
 
 
 @torch.no_grad()
-def encode_all(model: LatentDiffusion, data: CaptionedImages, batch: int = 256) -> Tensor:
-    """The latents' Gaussians of every picture, once: (N, 2c, h, w) of means and log-variances, on the CPU."""
-    gaussians = [model.autoencoder.encode(data.pictures(slice(i, i + batch)).to(model.device)) for i in range(0, len(data), batch)]
+def encode_all(model: LatentDiffusion, data: CaptionedImages, count: int | None = None, batch: int = 256) -> Tensor:
+    """The latents' Gaussians of the first `count` pictures: (N, 2c, h, w) of means and log-variances, on the CPU."""
+    parts = data.images[:count].split(batch)
+    gaussians = [model.autoencoder.encode((part.float() / 127.5 - 1).to(model.device)) for part in parts]
     return torch.cat([torch.cat([g.mean, g.logvar], dim=1).float().cpu() for g in gaussians])
 
 
 @torch.no_grad()
 def measure_scale_factor(model: LatentDiffusion, data: CaptionedImages, seed: int = 0) -> float:
-    """1 / std of the sampled latents of `data` (Rombach et al. app. G): stored in the model's config, and returned."""
-    posterior = Gaussian(encode_all(model, data))
-    z = posterior.sample(torch.randn(posterior.mean.shape, generator=step_generator(seed, 2, 0)))
+    """1 / std of the sampled latents of 2,048 pictures (Rombach et al. app. G): kept in the model's config, and returned."""
+    posterior = Gaussian(encode_all(model, data, 2048))
+    z = posterior.sample(torch.randn(posterior.mean.shape, generator=_step_generator(seed, 2, 0)))
     model.config = dataclasses.replace(model.config, scale_factor=1 / z.std().item())
     return model.scale_factor
 
 
+@torch.no_grad()
+def embed_all(model: LatentDiffusion, captions: list[str], batch: int = 256) -> tuple[Tensor, Tensor]:
+    """The frozen text encoder's context of every caption, once, in half precision on the CPU; and that of the empty one."""
+    contexts = [model.embed(captions[i:i + batch]).half().cpu() for i in range(0, len(captions), batch)]
+    return torch.cat(contexts), model.embed([""])
+
+
 def train_denoiser(model: LatentDiffusion, data: CaptionedImages, stage: Stage, *, caption_dropout: float = 0.1, seed: int = 0,
                    ema_decay: float = 0.999, accelerator: Accelerator | None = None,
-                   resume: Callable[[dict], int] = from_the_start) -> Iterator[tuple[int, dict[str, Tensor]]]:
+                   resume: Callable[[dict], int] = lambda parts: 0) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Stage 2: E || eps - eps_theta(z_t, t, y) ||^2 over latents encoded once, with captions dropped now and then.
 
     Yields (step, {"mse": loss}); at the end `model.unet` holds the averaged weights. Dropping the caption (for the empty
@@ -1217,11 +1204,11 @@ def train_denoiser(model: LatentDiffusion, data: CaptionedImages, stage: Stage, 
     accelerator = accelerator or Accelerator()
     device = accelerator.device
     moments, contexts, empty = encode_all(model.to(device).eval(), data), *embed_all(model, data.captions)
-    ema, trainee, mine = EMA(model.unet, ema_decay), Trainee(model.unet, stage, accelerator), my_share(accelerator, stage.batch)
+    ema, trainee, mine = EMA(model.unet, ema_decay), Trainee(model.unet, stage, accelerator), _my_share(accelerator, stage.batch)
     shape = (model.autoencoder.channels, *moments.shape[2:])
     for step in range(resume({"unet": model.unet, "optimizer": trainee.optimizer, "ema": ema.module}), stage.steps):
-        random = step_generator(seed, 3, step)
-        rows = draw_rows(len(data), stage.batch, random)[mine]
+        random = _step_generator(seed, 3, step)
+        rows = _draw_rows(len(data), stage.batch, random)[mine]
         t = torch.randint(model.schedule.T, (stage.batch,), generator=random)[mine].to(device)
         drop = (torch.rand(stage.batch, generator=random) < caption_dropout)[mine].to(device)
         eps_posterior, eps = torch.randn(2, stage.batch, *shape, generator=random)[:, mine].to(device)
@@ -1235,15 +1222,7 @@ def train_denoiser(model: LatentDiffusion, data: CaptionedImages, stage: Stage, 
     model.unet.load_state_dict(ema.module.state_dict())
 
 
-@torch.no_grad()
-def embed_all(model: LatentDiffusion, captions: list[str], batch: int = 256) -> tuple[Tensor, Tensor]:
-    """The frozen text encoder's context of every caption, once, in half precision on the CPU; and that of the empty one."""
-    contexts = [model.embed(captions[i:i + batch]).half().cpu() for i in range(0, len(captions), batch)]
-    return torch.cat(contexts), model.embed([""])
-
-
 # ---------------------------------------------------------------------------------------------------------- sizes ----
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -1274,19 +1253,19 @@ class Config:
     def from_dict(cls, values: dict) -> Config:
         kinds = {"text": TextConfig, "image": ImageConfig, "autoencoder": AutoencoderConfig, "unet": UNetConfig,
                  "clip_stage": Stage, "autoencoder_stage": Stage, "denoiser_stage": Stage}
-        return cls(**{k: from_json(kinds[k], v) if k in kinds and v is not None else v for k, v in values.items()})
+        return cls(**{k: _from_json(kinds[k], v) if k in kinds and v is not None else v for k, v in values.items()})
 
 
 SHAPES = Config(
-    name="shapes", image_size=32, schedule="scaled-linear",
-    text=TextConfig(vocab_size=768, width=128, layers=2, heads=4),
+    name="shapes", image_size=32,
+    text=TextConfig(vocab_size=768, width=96, layers=2, heads=4),
     image=ImageConfig(width=16, mult=(1, 2, 4), groups=8),
-    autoencoder=AutoencoderConfig(width=16, mult=(1, 2, 4), blocks=1, channels=4, groups=8),
-    unet=UNetConfig(channels=4, width=64, mult=(1, 2), blocks=1, attention=(0, 1), heads=4, context_width=128, groups=16),
+    autoencoder=AutoencoderConfig(width=32, mult=(1, 2, 2), blocks=1, channels=4, groups=4),
+    unet=UNetConfig(channels=4, width=96, mult=(1, 1), blocks=1, attention=(0, 1), heads=4, context_width=96, groups=16),
     clip_stage=Stage(steps=400, batch=128, learning_rate=1e-3),
-    autoencoder_stage=Stage(steps=1000, batch=32, learning_rate=2e-3),
-    denoiser_stage=Stage(steps=2000, batch=64, learning_rate=1e-3),
-    perceptual_weight=0.1, adversarial_start=500,
+    autoencoder_stage=Stage(steps=1200, batch=32, learning_rate=1.5e-3),
+    denoiser_stage=Stage(steps=1600, batch=64, learning_rate=1e-3),
+    perceptual_weight=0.1, adversarial_weight=0.25, adversarial_start=600,
 )
 
 SD1 = Config(

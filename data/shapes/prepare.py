@@ -59,7 +59,7 @@ SHAPES = {
     "square": lambda u, v: np.maximum(abs(u), abs(v)) < 0.86,
     "triangle": lambda u, v: (v < 0.84) & (abs(u) < (v + 0.96) / 1.8),
     "star": star,
-    "heart": lambda u, v: u**2 + (1.18 * (0.17 - v) - 0.9 * np.sqrt(abs(u)))**2 < 0.98,
+    "heart": lambda u, v: u**2 + (1.26 * (0.19 - v) - 0.9 * np.sqrt(abs(u)))**2 < 0.98,
     "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.33) & (np.maximum(abs(u), abs(v)) < 0.96),
 }
 PERIOD = 0.9  # of a texture, in radii: 5.8 to 6.7 pixels at size 32
@@ -72,7 +72,7 @@ TEXTURES = {
 COLOURS = {"red": (222, 40, 48), "orange": (255, 138, 20), "yellow": (252, 216, 44), "green": (44, 168, 76),
            "cyan": (64, 208, 226), "blue": (40, 88, 228), "purple": (132, 52, 188), "pink": (250, 118, 188)}
 SHADE = 0.55  # the dark of a texture is its colour times this
-BACKGROUNDS = {"white": (255, 255, 255), "black": (12, 12, 16), "grey": (138, 138, 142), "cream": (250, 228, 184)}
+BACKGROUNDS = {"white": (255, 255, 255), "black": (12, 12, 16), "grey": (138, 138, 142), "cream": (250, 226, 174)}
 SIZES = {"small": (3.8 / 32, 4.5 / 32), "large": (6.4 / 32, 7.4 / 32)}  # radius, from and to
 RELATIONS = {"left of": ("left of", "to the left of"), "right of": ("right of", "to the right of"),
              "above": ("above", "over"), "below": ("below", "under")}
@@ -217,6 +217,7 @@ def recorded(folder):
 
 
 def check_arguments(out, size, count, seed):
+    """Raises ValueError for what cannot be drawn, or if `out` (or its .partial) holds anything else."""
     for name, value, least in (("size", size, 16), ("count", count, 20), ("seed", seed, 0)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
@@ -228,9 +229,10 @@ def check_arguments(out, size, count, seed):
 
 def write(folder, record):
     """Draws the data set of `record` into `folder`, which is new."""
+    folder.mkdir(parents=True)
+    (folder / "dataset.json").write_text(json.dumps(record) + "\n")  # first: so that a later run knows it as ours
     for part in ("train", "test"):
-        (folder / part).mkdir(parents=True)
-    (folder / "dataset.json").write_text(json.dumps(record) + "\n")
+        (folder / part).mkdir()
     numbers = {"train": 0, "test": 0}
     with open(folder / "train/metadata.jsonl", "w") as train, open(folder / "test/metadata.jsonl", "w") as test:
         todo = tqdm(examples(record["count"], record["seed"]), "drawing shapes", record["count"], unit=" pictures")
@@ -270,15 +272,17 @@ class Arguments(argparse.ArgumentParser):
 
 def main():
     arguments = Arguments(description="Draws captioned scenes of shapes as an imagefolder data set.")
-    arguments.add_argument("--size", type=int, default=32, help="side of a picture in pixels, at least 16 (%(default)s)")
+    arguments.add_argument("--size", type=int, default=32, help="pixels a side, at least 16 (%(default)s)")
     arguments.add_argument("--count", type=int, default=20000,
                            help="pictures, at least 20; the last tenth is the test set (%(default)s)")
     arguments.add_argument("--seed", type=int, default=0, help="same seed, same bytes (%(default)s)")
     arguments.add_argument("--out", required=True, help="folder to write")
     try:
         prepare(**vars(arguments.parse_args()))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"prepare.py: {error}")
+    except OSError as error:
+        sys.exit(f"prepare.py: cannot write out: {error}")
 
 
 if __name__ == "__main__":
