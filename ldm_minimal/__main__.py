@@ -6,7 +6,7 @@
     python -m ldm_minimal info
 
 A run's folder holds model/ and judge/ (safetensors, config, tokenizer), log.csv, a picture for each stage, scores.json,
-and, until it is finished, run.json and resume.pt, from which the same command goes on.
+run.json (what was asked, what is done) and, until it is finished, resume.pt, from which the same command goes on.
 """
 
 from __future__ import annotations
@@ -127,8 +127,9 @@ def read_split(folder: pathlib.Path, split: str, size: int) -> CaptionedImages:
 class Run:
     """A training's folder: its settings, its log, and the state from which a killed run goes on."""
 
-    def __init__(self, out: pathlib.Path, settings: dict, main: bool):
-        self.out, self.main, self.parts, self.rows = out, main, {}, []
+    def __init__(self, out: pathlib.Path, settings: dict, accelerator: Accelerator):
+        self.out, self.main, self.parts, self.rows = out, accelerator.is_main_process, {}, []
+        self.scaler = {"scaler": accelerator.scaler} if accelerator.scaler else {}  # of fp16's losses
         self.progress = {"settings": settings, "done": []}
         marker = out / "run.json"
         if marker.is_file():
@@ -140,7 +141,7 @@ class Run:
             self.progress = found
         elif out.exists() and any(out.iterdir()):
             raise ValueError(f"--out {out} is not empty and holds no run of ours; choose another folder")
-        elif main:
+        elif self.main:
             out.mkdir(parents=True, exist_ok=True)
             self.write_marker()
         if (out / "log.csv").is_file():
@@ -156,12 +157,12 @@ class Run:
     def resume(self, stage: str):
         """What a training stage calls: takes its stateful parts, loads a killed run's state, returns the step to go on at."""
         def load(parts: dict) -> int:
-            self.stage, self.parts, step = stage, parts, 0
+            self.stage, self.parts, step = stage, {**parts, **self.scaler}, 0
             if (self.out / "resume.pt").is_file():
                 state = torch.load(self.out / "resume.pt", map_location="cpu", weights_only=True)
                 if state["stage"] == stage:
                     step = state["step"]
-                    for name, part in parts.items():
+                    for name, part in self.parts.items():
                         part.load_state_dict(state["parts"][name])
             before = STAGES.index(stage)
             self.rows = [r for r in self.rows if STAGES.index(r["stage"]) < before
@@ -190,11 +191,11 @@ class Run:
                 table.writerows(self.rows)
         write_whole(self.out / "log.csv", write)
 
-    def finish(self, stage: str, save) -> None:
-        """`save` the stage's result, then note that it is done."""
+    def finish(self, stage: str, steps: int, save) -> None:
+        """Keep the last state, `save` the stage's result, then note that it is done: a kill in between loses nothing."""
         if self.main:
+            self.save(steps)
             save()
-            self.write_log()
             self.progress["done"].append(stage)
             self.write_marker()
             (self.out / "resume.pt").unlink(missing_ok=True)
@@ -255,8 +256,8 @@ def train(args: argparse.Namespace) -> None:
     accelerator = Accelerator(mixed_precision=mixed_precision(args.precision))
     out = pathlib.Path(args.out or f"runs/{args.size}")
     settings = {"seed": args.seed, "data": args.data, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
-    run = Run(out, settings, accelerator.is_main_process)
     with accelerator.main_process_first():
+        run = Run(out, settings, accelerator)
         folder = data_folder(args.data, args.count, config.image_size)
     data = read_split(folder, "train", config.image_size)
     model = start_or_load(run, config, data, args.seed)
@@ -301,7 +302,7 @@ def train_stage(stage: str, run: Run, model: LatentDiffusion, data: CaptionedIma
         measure_scale_factor(model, data, shared["seed"])
     if run.main:
         stage_picture(stage, run.out, model, clip if stage in ("clip", "judge") else None, data)
-    run.finish(stage, (lambda: clip.save(run.out / "judge")) if stage == "judge" else (lambda: model.save(run.out / "model")))
+    run.finish(stage, recipe.steps, (lambda: clip.save(run.out / "judge")) if stage == "judge" else (lambda: model.save(run.out / "model")))
     shared["accelerator"].wait_for_everyone()
 
 
@@ -356,12 +357,11 @@ def sample(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {out} must end in .png, .jpg or .webp")
     check_writable(out)
     model = load_part(args.model, "model", LatentDiffusion).to(best_device())
-    started, bar = time.time(), tqdm(total=args.steps, desc="denoising", unit="step", leave=False)
-    for _, z, _ in model.denoise(args.prompts, steps=args.steps, guidance=args.guidance, negative=args.negative,
-                                 generator=torch.Generator().manual_seed(args.seed)):
-        bar.update()
-    bar.close()
-    with torch.no_grad():
+    started = time.time()
+    path = model.denoise(args.prompts, steps=args.steps, guidance=args.guidance, negative=args.negative,
+                         generator=torch.Generator().manual_seed(args.seed))
+    with tqdm(path, total=args.steps, desc="denoising", unit="step", leave=False) as bar, torch.no_grad():
+        *_, (_, z, _) = bar
         x = model.decode(z)
     save_grid(out, x, args.prompts) if len(x) > 1 else save_single(out, x[0])
     print(f"{out}  {len(x)} picture{'s' * (len(x) > 1)} of {x.shape[-1]} x {x.shape[-2]}, {time.time() - started:.1f} s")
@@ -394,7 +394,8 @@ def all_scores(model: LatentDiffusion, judge: CLIP, folder: pathlib.Path, guidan
     x_hat = torch.cat([model.decode(model.encode(part)) for part in x.split(128)])
     perceptual = PerceptualLoss(judge.image_encoder.features)
     psnr = -10 * torch.log10(((x - x_hat) / 2).square().mean(dim=(1, 2, 3)))
-    reference = features(judge, test.pictures(slice(count, None)).to(model.device))
+    rest = test.pictures(slice(count, None)).to(model.device)  # pictures that no score below has drawn
+    reference = features(judge, rest) if len(rest) > 1 else None
     scores = {"captions": count, "steps": 50, "seed": seed, "psnr": psnr.mean().item(),
               "perceptual": torch.cat([perceptual(a, b) for a, b in zip(x.split(128), x_hat.split(128))]).mean().item(),
               "ceiling": accuracy(x_hat, rows), "clip_score_real": clip_score(judge, x, rows),
@@ -442,9 +443,14 @@ def clip_score(judge: CLIP, x: Tensor, rows: list[dict]) -> float:
     return 100 * (images * judge.text_features(tokens)).sum(dim=-1).mean().item()
 
 
-def frechet(a: Tensor, b: Tensor) -> float:
-    """|mu_a - mu_b|^2 + tr(A + B - 2 sqrt(A B)) of two sets of features (N, d): Heusel et al. 2017, arXiv 1706.08500."""
-    a, b = a.double().cpu().numpy(), b.double().cpu().numpy()
+def frechet(a: Tensor, b: Tensor | None) -> float | None:
+    """|mu_a - mu_b|^2 + tr(A + B - 2 sqrt(A B)) of two sets of features (N, d): Heusel et al. 2017, arXiv 1706.08500.
+
+    None where no pictures are left to compare with.
+    """
+    if b is None:
+        return None
+    a, b = a.cpu().double().numpy(), b.cpu().double().numpy()
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()  # the trace of the root of the product
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
@@ -460,7 +466,8 @@ def print_scores(scores: dict) -> None:
         label = "prompt accuracy" if name == "all" else f"  {name}"
         print(f"{label:<19}" + "".join(f"{value:>12.1%}" for value in values))
     for label, key, real in [("CLIP score", "clip_score", "clip_score_real"), ("Frechet distance", "frechet", "frechet_floor")]:
-        print(f"{label:<19}" + "".join(f"{e[key]:>12.3f}" for e in columns.values()) + f"{scores[real]:>12.3f}")
+        values = [entry[key] for entry in columns.values()] + [scores[real]]
+        print(f"{label:<19}" + "".join(f"{'-':>12}" if value is None else f"{value:>12.3f}" for value in values))
     print("ceiling: the same pictures through the autoencoder (accuracy), or real pictures (CLIP score, Frechet distance)\n")
 
 
@@ -569,8 +576,8 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def main() -> int:
-    args = parser().parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     warnings.showwarning = lambda message, *_, **__: print(f"ldm_minimal: {message}", file=sys.stderr)
     try:
         {"train": train, "sample": sample, "evaluate": evaluate, "info": info}[args.command](args)

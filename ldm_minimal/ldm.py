@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -128,8 +129,7 @@ class ResBlock(nn.Module):
     """h = conv(silu(norm(x))) + time; out = skip(x) + conv(silu(norm(h))). (B, C_in, H, W) -> (B, C_out, H, W).
 
     time_width: channels of the timestep embedding, which is added to every position; 0 (autoencoder) for none.
-    groups, eps: of both GroupNorms; Stable Diffusion has 32 groups, and eps 1e-5 in the U-Net, 1e-6 in the autoencoder.
-    """
+    groups, eps: of both GroupNorms; Stable Diffusion has 32 groups, and eps 1e-5 in the U-Net, 1e-6 in the autoencoder."""
 
     def __init__(self, c_in: int, c_out: int, time_width: int = 0, groups: int = 32, eps: float = 1e-5):
         super().__init__()
@@ -191,8 +191,7 @@ class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the caption, GEGLU feed-forward; each adds to its input. (B, C, H, W) -> same.
 
     GEGLU (Shazeer 2020): value * gelu(gate), both linear in x. The projections at the ends are 1x1 convolutions in
-    Stable Diffusion; over positions laid out as rows a 1x1 convolution is a linear layer.
-    """
+    Stable Diffusion; over positions laid out as rows a 1x1 convolution is a linear layer."""
 
     def __init__(self, width: int, context_width: int, heads: int = 8, groups: int = 32):
         super().__init__()
@@ -249,7 +248,6 @@ class Upsample(nn.Module):
 class AutoencoderConfig:
     """width: channels at full resolution; mult: their multiple at each level, so f = 2 ** (levels - 1); blocks: residual
     blocks a level (one more on the way up); channels: c of the latent; groups: of every GroupNorm."""
-
     width: int = 128
     mult: tuple[int, ...] = (1, 2, 4, 4)
     blocks: int = 2
@@ -290,31 +288,29 @@ class Autoencoder(nn.Module):
     """E and D of the book: `encode` x (B, 3, H, W) into a Gaussian over z (B, c, H/f, W/f), `decode` z into x_hat.
 
     The KL-regularised autoencoder of Rombach et al., app. E. H and W must be multiples of f. `forward` does both: x and
-    the reparameterisation's eps (or None, for the mean) -> (x_hat, posterior).
-    """
+    the reparameterisation's eps (or None, for the mean) -> (x_hat, posterior)."""
 
     def __init__(self, config: AutoencoderConfig = AutoencoderConfig()):
         super().__init__()
-        widths = [config.width * m for m in config.mult]
-        block = lambda c_in, c_out: ResBlock(c_in, c_out, groups=config.groups, eps=1e-6)  # noqa: E731
-        middle = lambda: [block(widths[-1], widths[-1]), AttentionBlock(widths[-1], config.groups),  # noqa: E731
-                          block(widths[-1], widths[-1])]
-        end = lambda c, c_out: [nn.GroupNorm(config.groups, c, eps=1e-6), nn.SiLU(),  # noqa: E731
-                                nn.Conv2d(c, c_out, 3, padding=1)]
+        widths, groups = [config.width * m for m in config.mult], config.groups
+        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+        block = functools.partial(ResBlock, groups=groups, eps=1e-6)
+        middle = lambda c: [block(c, c), AttentionBlock(c, groups), block(c, c)]  # noqa: E731
+        end = lambda c, c_out: [nn.GroupNorm(groups, c, eps=1e-6), nn.SiLU(), conv(c, c_out)]  # noqa: E731
         self.f, self.channels = 2 ** (len(widths) - 1), config.channels
-        down, c = [nn.Conv2d(3, widths[0], 3, padding=1)], widths[0]
+        down, c = [conv(3, widths[0])], widths[0]
         for level, width in enumerate(widths):
             for _ in range(config.blocks):
                 down, c = down + [block(c, width)], width
             if level < len(widths) - 1:
                 down.append(Downsample(c, asymmetric=True))
-        up = [nn.Conv2d(config.channels, c, 3, padding=1), *middle()]
+        up = [conv(config.channels, c), *middle(c)]
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(config.blocks + 1):
                 up, c = up + [block(c, width)], width
             if level > 0:
                 up.append(Upsample(c))
-        self.encoder = nn.Sequential(*down, *middle(), *end(widths[-1], 2 * config.channels))
+        self.encoder = nn.Sequential(*down, *middle(widths[-1]), *end(widths[-1], 2 * config.channels))
         self.to_moments = nn.Conv2d(2 * config.channels, 2 * config.channels, 1)
         self.from_latent = nn.Conv2d(config.channels, config.channels, 1)
         self.decoder = nn.Sequential(*up, *end(c, 3))
@@ -337,8 +333,7 @@ class Autoencoder(nn.Module):
 class PatchDiscriminator(nn.Module):
     """Real or made, judged patch by patch (PatchGAN, Isola et al. 2017). (B, 3, H, W) -> logits (B, 1, about H/2^layers).
 
-    GroupNorm in place of BatchNorm, so that no picture's verdict depends on its neighbours in the batch.
-    """
+    GroupNorm in place of BatchNorm, so that no picture's verdict depends on its neighbours in the batch."""
 
     def __init__(self, width: int = 64, layers: int = 3, groups: int = 8):
         super().__init__()
@@ -575,7 +570,6 @@ class Tokenizer:
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
     """vocab_size: rows of the embedding; width: d; layers, heads: of the transformer; length: tokens of a caption."""
-
     vocab_size: int = 49408
     width: int = 768
     layers: int = 12
@@ -625,7 +619,6 @@ def _first_end(tokens: Tensor) -> Tensor:
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
     """width: channels at full resolution; mult: their multiple at each level; groups: of every GroupNorm."""
-
     width: int = 32
     mult: tuple[int, ...] = (1, 2, 4)
     groups: int = 8
@@ -634,8 +627,7 @@ class ImageConfig:
 class ImageEncoder(nn.Module):
     """The picture tower of our small CLIP: x (B, 3, H, W) -> (B, width of the text tower). Convolutions, then a mean.
 
-    `features` gives each level's map: what the perceptual loss compares. `log_scale` is CLIP's learned temperature.
-    """
+    `features` gives each level's map: what the perceptual loss compares. `log_scale` is CLIP's learned temperature."""
 
     def __init__(self, config: ImageConfig, width: int):
         super().__init__()
@@ -663,8 +655,7 @@ class ImageEncoder(nn.Module):
 class CLIP(nn.Module):
     """A text tower and a picture tower that meet: features of a picture and of its caption point the same way.
 
-    `forward(x, tokens)` -> unit-length features (B, width) of pictures and of captions, and the scale of their products.
-    """
+    `forward(x, tokens)` -> unit-length features (B, width) of pictures and captions, and the scale of their products."""
 
     def __init__(self, tokenizer: Tokenizer | None, text_encoder: TextEncoder, image_encoder: ImageEncoder):
         super().__init__()
@@ -699,8 +690,7 @@ class CLIP(nn.Module):
 def clip_loss(image_features: Tensor, text_features: Tensor, scale: Tensor | float) -> Tensor:
     """Find the caption of each picture and the picture of each caption (Radford et al. 2021, fig. 3).
 
-    Mean of the two cross-entropies over the (B, B) products, times `scale`. Features (B, width) of unit length -> scalar.
-    """
+    Mean of the two cross-entropies over the (B, B) products, times `scale`. Features (B, width) of unit length -> scalar."""
     logits = scale * image_features @ text_features.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -712,7 +702,6 @@ def clip_loss(image_features: Tensor, text_features: Tensor, scale: Tensor | flo
 class UNetConfig:
     """channels: c of the latent; width: channels at full resolution; mult: their multiple at each level; blocks: residual
     blocks a level (one more on the way up); attention: levels with transformer blocks; context_width: d of the text."""
-
     channels: int = 4
     width: int = 320
     mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -740,13 +729,12 @@ class UNet(nn.Module):
     """eps_theta(z_t, t, y): down, middle and up, with every map on the way down handed across (Rombach et al. app. E).
 
     z_t (B, c, h, w), t (B,), context (B, 77, d) or what `prepare` made of it -> eps_hat (B, c, h, w). h and w must be
-    multiples of 2 ** (levels - 1). The last convolution starts at zero, so an untrained U-Net predicts no noise at all.
-    """
+    multiples of 2 ** (levels - 1). The last convolution starts at zero, so an untrained U-Net predicts no noise at all."""
 
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         widths, self.width = [config.width * m for m in config.mult], config.width
-        block = lambda c_in, c_out, attention: UNetBlock(c_in, c_out, attention, config)  # noqa: E731
+        block = functools.partial(UNetBlock, config=config)
         self.time = nn.Sequential(nn.Linear(config.width, 4 * config.width), nn.SiLU(), nn.Linear(4 * config.width, 4 * config.width))
         self.conv_in, self.down, self.up = nn.Conv2d(config.channels, config.width, 3, padding=1), nn.ModuleList(), nn.ModuleList()
         c, handed = config.width, [config.width]
@@ -798,8 +786,7 @@ class UNet(nn.Module):
 def guided_eps(unet: UNet, z_t: Tensor, t: Tensor, context: Tensor | dict, guidance: float) -> Tensor:
     """eps(z_t, t, empty) + w (eps(z_t, t, y) - eps(z_t, t, empty)), both from one forward pass of twice the batch.
 
-    Ho & Salimans eq. 6, whose w is ours minus 1. context: (2B, 77, d), the unconditional half first, or that prepared.
-    """
+    Ho & Salimans eq. 6, whose w is ours minus 1. context: (2B, 77, d), the unconditional half first, or that prepared."""
     eps_empty, eps_text = unet(torch.cat([z_t, z_t]), torch.cat([t, t]), context).chunk(2)
     return eps_empty + guidance * (eps_text - eps_empty)
 
@@ -900,10 +887,8 @@ def _noise_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
 # ------------------------------------------------------------------------------------------- pipeline (chapter 8) ----
 
 class LatentDiffusion(nn.Module):
-    """Everything that draws: tokenizer, text_encoder, image_encoder (None at size SD1), autoencoder, unet, schedule.
-
-    config: one of the named sizes, or your own `Config`. The tokenizer is None until one is trained or loaded.
-    """
+    """Everything that draws: tokenizer (None until trained or loaded), text_encoder, image_encoder (None at size SD1),
+    autoencoder, unet and schedule, of the sizes that `config` names."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -986,8 +971,6 @@ class LatentDiffusion(nn.Module):
         return _load_model(lambda config: cls(Config.from_dict(config)), folder)
 
 
-# ------------------------------------------------------------------------------------------------------ files ----
-
 def _save_model(model: CLIP | LatentDiffusion, config: dict, folder: str | os.PathLike, dtype: torch.dtype) -> None:
     with _whole_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -999,6 +982,8 @@ def _save_model(model: CLIP | LatentDiffusion, config: dict, folder: str | os.Pa
 
 def _load_model(build: Callable[[dict], nn.Module], folder: str | os.PathLike) -> nn.Module:
     folder = pathlib.Path(folder)
+    if not folder.exists() and (old := folder.with_name(folder.name + ".old")).exists():
+        folder = old  # a save was killed between its two renames
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no saved model: it has no config.json")
     try:
@@ -1017,7 +1002,7 @@ def _from_json(kind: type, values: dict) -> object:
 
 @contextlib.contextmanager
 def _whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A folder beside `folder` to write into, moved into its place when all is written; else removed."""
+    # A folder beside `folder` to write into, moved into its place when all is written; else removed.
     folder = pathlib.Path(folder)
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     shutil.rmtree(partial, ignore_errors=True)
@@ -1037,15 +1022,14 @@ def _whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 # ------------------------------------------------------------------------------------------- training (chapter 8) ----
 #
 # Each stage is a generator that yields (steps done, losses): plots, bars and files stay outside. All randomness of a step
-# comes from (seed, stage, step), drawn for the whole batch and then shared out among processes; so a run of many GPUs sees
-# the noise of one, and a run that was killed goes on as if nothing had happened. `resume` is handed the stage's stateful
-# parts by name, may load an earlier run's state into them, and returns the step to go on from.
+# comes from (seed, stage, step), drawn for the whole batch, then shared out: many processes see the noise of one, and a
+# killed run goes on as if nothing had happened. `resume` is handed the stage's stateful parts by name, may load an earlier
+# run's state into them, and returns the step to go on from.
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """steps, batch (over all processes) and learning_rate of a training; `warmup` steps of rising rate, then a cosine."""
-
     steps: int
     batch: int
     learning_rate: float
@@ -1082,10 +1066,9 @@ class Trainee:
 
 
 class EMA:
-    """Exponential moving average of a module's weights: ema = decay ema + (1 - decay) weights, after every step.
+    """A copy, `module`, whose weights follow slowly: ema = decay ema + (1 - decay) weights, after every step.
 
-    Early on the decay is (1 + step) / (10 + step), so that the start is forgotten. `module` holds the average.
-    """
+    Early on the decay is (1 + step) / (10 + step), so that the start is forgotten."""
 
     def __init__(self, module: nn.Module, decay: float = 0.999):
         self.module, self.decay = copy.deepcopy(module).eval().requires_grad_(False), decay
@@ -1100,23 +1083,16 @@ def _step_generator(seed: int, stage: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, stage, step]).generate_state(1)[0]))
 
 
-def _draw_rows(count: int, batch: int, generator: torch.Generator) -> Tensor:
-    """`batch` row numbers below `count`, without repeats where there are enough rows."""
-    if count < batch:
-        return torch.randint(count, (batch,), generator=generator)
-    return torch.randperm(count, generator=generator)[:batch]
-
-
-def _my_share(accelerator: Accelerator, batch: int) -> slice:
-    """The part of the global batch that this process computes."""
+def _my_share(accelerator: Accelerator, batch: int, count: int) -> slice:
+    # The part of the global batch, out of `count` pictures, that this process computes.
     share, rest = divmod(batch, accelerator.num_processes)
-    if rest:
-        raise ValueError(f"batch is {batch}; it must be a multiple of the number of processes, {accelerator.num_processes}")
+    if rest or batch > count:
+        raise ValueError(f"batch is {batch}; allowed are multiples of the {accelerator.num_processes} processes, up to the {count} pictures")
     return slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
 
 def _gather_with_gradient(features: Tensor, accelerator: Accelerator) -> Tensor:
-    """Everybody's features, in the order of the global batch; gradients flow back to the process they came from."""
+    # Everybody's features, in the order of the global batch; gradients flow back to the process they came from.
     if accelerator.num_processes == 1:
         return features
     return torch.cat(torch.distributed.nn.functional.all_gather(features))
@@ -1126,9 +1102,9 @@ def train_clip(clip: CLIP, data: CaptionedImages, stage: Stage, *, seed: int = 0
                resume: Callable[[dict], int] = lambda parts: 0) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Stage 0: bring pictures and their captions together. Yields (step, {"clip": loss}); updates `clip` in place."""
     accelerator = accelerator or Accelerator()
-    trainee, tokens, mine = Trainee(clip, stage, accelerator), clip.tokenizer(data.captions), _my_share(accelerator, stage.batch)
+    trainee, tokens, mine = Trainee(clip, stage, accelerator), clip.tokenizer(data.captions), _my_share(accelerator, stage.batch, len(data))
     for step in range(resume({"clip": clip, "optimizer": trainee.optimizer}), stage.steps):
-        rows = _draw_rows(len(data), stage.batch, _step_generator(seed, 0, step))[mine]
+        rows = torch.randperm(len(data), generator=_step_generator(seed, 0, step))[:stage.batch][mine]
         x, y = data.pictures(rows).to(accelerator.device), tokens[rows].to(accelerator.device)
         image_features, text_features, scale = trainee.net(x, y)
         loss = clip_loss(*[_gather_with_gradient(f, accelerator) for f in (image_features, text_features)], scale)
@@ -1150,11 +1126,11 @@ def train_autoencoder(model: LatentDiffusion, data: CaptionedImages, stage: Stag
     generator = Trainee(model.autoencoder, stage, accelerator)
     judge = Trainee(discriminator or PatchDiscriminator(32, 2), stage, accelerator)
     weights = dict(kl_weight=config.kl_weight, perceptual_weight=config.perceptual_weight, adversarial_weight=config.adversarial_weight)
-    mine, side = _my_share(accelerator, stage.batch), config.image_size // model.autoencoder.f
+    mine, side = _my_share(accelerator, stage.batch, len(data)), config.image_size // model.autoencoder.f
     for step in range(resume({"autoencoder": model.autoencoder, "discriminator": judge.module, "optimizer": generator.optimizer,
                               "discriminator_optimizer": judge.optimizer}), stage.steps):
         random = _step_generator(seed, 1, step)
-        x = data.pictures(_draw_rows(len(data), stage.batch, random)[mine]).to(accelerator.device)
+        x = data.pictures(torch.randperm(len(data), generator=random)[:stage.batch][mine]).to(accelerator.device)
         eps = torch.randn(stage.batch, model.autoencoder.channels, side, side, generator=random)[mine].to(accelerator.device)
         adversary = judge.module.requires_grad_(False) if step >= config.adversarial_start else None
         x_hat, posterior = generator.net(x, eps)
@@ -1204,11 +1180,11 @@ def train_denoiser(model: LatentDiffusion, data: CaptionedImages, stage: Stage, 
     accelerator = accelerator or Accelerator()
     device = accelerator.device
     moments, contexts, empty = encode_all(model.to(device).eval(), data), *embed_all(model, data.captions)
-    ema, trainee, mine = EMA(model.unet, ema_decay), Trainee(model.unet, stage, accelerator), _my_share(accelerator, stage.batch)
+    ema, trainee, mine = EMA(model.unet, ema_decay), Trainee(model.unet, stage, accelerator), _my_share(accelerator, stage.batch, len(data))
     shape = (model.autoencoder.channels, *moments.shape[2:])
     for step in range(resume({"unet": model.unet, "optimizer": trainee.optimizer, "ema": ema.module}), stage.steps):
         random = _step_generator(seed, 3, step)
-        rows = _draw_rows(len(data), stage.batch, random)[mine]
+        rows = torch.randperm(len(data), generator=random)[:stage.batch][mine]
         t = torch.randint(model.schedule.T, (stage.batch,), generator=random)[mine].to(device)
         drop = (torch.rand(stage.batch, generator=random) < caption_dropout)[mine].to(device)
         eps_posterior, eps = torch.randn(2, stage.batch, *shape, generator=random)[:, mine].to(device)
@@ -1226,12 +1202,9 @@ def train_denoiser(model: LatentDiffusion, data: CaptionedImages, stage: Stage, 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One size of the whole model, and the recipe that trains it. Plain data: asdict and JSON write it, from_dict reads it.
+    """One size of the whole model, and the recipe that trains it: plain data for asdict, JSON and back by `from_dict`.
 
-    image: None where there is no picture tower. scale_factor: None until it is measured. adversarial_start: the
-    discriminator's first step.
-    """
-
+    image: None for no picture tower. scale_factor: None until measured. adversarial_start: the discriminator's first step."""
     name: str
     image_size: int
     text: TextConfig
