@@ -482,10 +482,10 @@ class CaptionedImages:
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
             raise ValueError(f"{path} is not a picture that can be read: {error}") from None
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        side, (width, height) = min(picture.size), picture.size
-        left, top = (width - side) // 2, (height - side) // 2
-        if (width, height) != (size, size):
-            picture = picture.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+        side, left, top = min(picture.size), (picture.width - min(picture.size)) // 2, (picture.height - min(picture.size)) // 2
+        picture = picture.crop((left, top, left + side, top + side))
+        if side != size:
+            picture = picture.resize((size, size), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)                         # (3, size, size)
 
     def __len__(self) -> int:

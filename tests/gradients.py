@@ -1,4 +1,4 @@
-"""Run by test_training.py, alone and under `accelerate launch`: saves the gradients of one step of two trainings.
+"""Run by test_training.py, alone and under `torch.distributed.run` (gloo): saves the gradients of one step of two trainings.
 
     python tests/gradients.py DATA OUT
 """
@@ -9,6 +9,7 @@ import sys
 import torch
 from accelerate import Accelerator
 from conftest import TINY
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ldm_minimal import CLIP, CaptionedImages, LatentDiffusion, Stage, Tokenizer, train_clip, train_denoiser
 
@@ -16,7 +17,7 @@ from ldm_minimal import CLIP, CaptionedImages, LatentDiffusion, Stage, Tokenizer
 def gradient(training, module):
     """The gradient that the optimizer is handed at the first step, as one vector (after averaging over processes)."""
     seen = []
-    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(
+    hook = register_optimizer_step_pre_hook(
         lambda *_: seen.append(torch.cat([p.grad.flatten() for p in module.parameters()]).clone()))
     next(training)
     hook.remove()

@@ -44,7 +44,7 @@ def here(world, tmp_path, monkeypatch):
 
 
 def spoil(path, text=None, cut=None):
-    content = path.read_bytes()[:cut] if cut is not None else text and text.encode()
+    content = path.read_bytes()[:cut] if cut is not None else None if text is None else text.encode()
     path.unlink()
     if content is not None:
         path.write_bytes(content)

@@ -210,6 +210,8 @@ def test_tokenizer_merges_and_numbers_its_vocabulary_like_clip(tokenizers):
     ours, theirs = tokenizers
     assert sorted(ours.vocab.values()) == list(range(720)) and len(ours.merges) == 720 - 514
     assert ours.vocab == theirs.get_vocab()
+    single = sorted(ours.vocab, key=ours.vocab.get)[:512]
+    assert single[:256] == sorted(single[:256]) and single[256:] == [byte + "</w>" for byte in single[:256]]
     assert (ours.start, ours.end) == (718, 719)
     assert ours.pieces("a large square") == ["a</w>", "large</w>", "square</w>"]
 

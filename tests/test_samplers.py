@@ -283,10 +283,11 @@ def test_a_generator_fixes_the_result(name, options):
     assert not torch.equal(run(1), run(2))
 
 
-def test_ddim_without_eta_draws_nothing():
+@pytest.mark.parametrize("name, options", [("ddim", {}), ("ddim", dict(eta=1.0, steps=1000, start=0)), ("ddpm", dict(start=0))])
+def test_where_there_is_no_noise_none_is_drawn(name, options):
     random = seeded()
     before = random.get_state()
-    last(ddim_sample(nonlinear, NoiseSchedule(), noise(1, 1, 2, 2), generator=random))
+    last(SAMPLERS[name](nonlinear, NoiseSchedule(), noise(1, 1, 2, 2), generator=random, **options))
     assert torch.equal(random.get_state(), before)
 
 
@@ -315,6 +316,13 @@ def test_trailing_begins_in_pure_noise_and_ends_clean():
     times = ddim_timesteps(NoiseSchedule(), 50)
     assert [t for t, _, _ in times] == list(range(999, 0, -20))
     assert times[-1][2] == 1.0
+
+
+@pytest.mark.parametrize("spacing, steps", [("leading", 3), ("leading", 7), ("trailing", 3), ("trailing", 7), ("trailing", 300)])
+def test_steps_that_do_not_divide_T_are_spaced_as_diffusers_spaces_them(spacing, steps):
+    scheduler = diffusers.DDIMScheduler(**SPACINGS[spacing])
+    scheduler.set_timesteps(steps)
+    assert [t for t, _, _ in ddim_timesteps(NoiseSchedule(), steps, spacing)] == scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

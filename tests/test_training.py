@@ -184,8 +184,7 @@ def test_a_batch_larger_than_the_data_is_refused(tiny, data):
 
 def gradients(folder, out, processes):
     """The gradients of one step of each training on a global batch of 8, shared by `processes`, from tests/gradients.py."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     command = (launch if processes > 1 else [sys.executable]) + [str(ROOT / "tests" / "gradients.py"), str(folder), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -49,9 +49,7 @@ def report(title, seconds, busy, pictures=None):
     best = min((name for name in seconds if name != "ours"), key=seconds.get)
     ratio = seconds["ours"] / seconds[best]
     print(f"{title}: ours / {best} = {ratio:.3f} in time" + (f", {1 / ratio:.2f} times the pictures a second" if pictures else ""))
-    for name, value in seconds.items():
-        print(f"    {name:24} {1000 * value:9.1f} ms" + (f" {pictures / value:9.1f} pictures/s" if pictures else ""))
-    print(f"    CPU time / wall time     {busy:9.2f}", flush=True)
+    print("".join(f"    {name} {1000 * value:.1f} ms" for name, value in seconds.items()), f"   CPU / wall time {busy:.2f}", flush=True)
 
 
 def batch(config):

@@ -1,0 +1,112 @@
+"""CaptionedImages reads what people have, the tokenizer reads what people write."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm_minimal import CaptionedImages, TextConfig, TextEncoder, Tokenizer
+
+
+def imagefolder(path, pictures):
+    path.mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(path / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i}", "more": i}) for i in range(len(pictures))]
+    (path / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
+    return path
+
+
+def test_pixels_and_captions_arrive_unchanged(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    data = CaptionedImages(imagefolder(tmp_path / "set", [Image.fromarray(p) for p in pixels]), 8)
+    assert len(data) == 2 and data.captions == ["picture 0", "picture 1"] and data.rows[1]["more"] == 1
+    np.testing.assert_array_equal(data.images.permute(0, 2, 3, 1).numpy(), pixels)
+    torch.testing.assert_close(data.pictures(torch.tensor([1]))[0], torch.from_numpy(pixels[1]).permute(2, 0, 1) / 255 * 2 - 1)
+
+
+def test_the_middle_square_is_cut_out_and_resized(tmp_path):
+    """A wide picture, red with a blue middle square: only blue arrives."""
+    picture = Image.new("RGB", (60, 20), "red")
+    picture.paste("blue", (20, 0, 40, 20))
+    data = CaptionedImages(imagefolder(tmp_path / "set", [picture]), 10)
+    assert data.images.flatten(2).float().mean(dim=2).tolist() == [[0, 0, 255]]
+
+
+def test_transparency_becomes_white_and_grey_becomes_colour(tmp_path):
+    pictures = [Image.new("RGBA", (4, 4), (255, 0, 0, 0)), Image.new("L", (4, 4), 100), Image.new("1", (4, 4), 1)]
+    data = CaptionedImages(imagefolder(tmp_path / "set", pictures), 4)
+    assert data.images[:, :, 0, 0].tolist() == [[255] * 3, [100] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{", "line 2 is not JSON"), ('{"file_name": "0.png"}', "line 2 has no 'text'"), ('{"text": "a"}', "line 2 has no 'file_name'"),
+    ('{"file_name": "0.png", "text": 3}', "line 2 has no 'text'"), ("[1]", "line 2 has no 'file_name'"),
+    ('{"file_name": "gone.png", "text": "a"}', "gone.png is named .* but does not exist"),
+    ('{"file_name": "metadata.jsonl", "text": "a"}', "metadata.jsonl is not a picture"),
+])
+def test_errors_name_the_line_or_the_file(tmp_path, line, message):
+    path = imagefolder(tmp_path / "set", [Image.new("RGB", (4, 4))])
+    (path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n' + line)
+    with pytest.raises(ValueError, match=message):
+        CaptionedImages(path, 4)
+
+
+def test_a_folder_without_captions_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="metadata.jsonl does not exist; it holds one"):
+        CaptionedImages(tmp_path, 4)
+
+
+# ---- the tokenizer ----
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["a red circle above a blue square", "a red star"] * 10, 600)
+
+
+def test_a_caption_is_start_pairs_end_and_ends_to_77(tokenizer):
+    tokens = tokenizer(["a red circle", ""])
+    assert tokens.shape == (2, 77) and tokens.dtype == torch.long
+    assert tokens[0, 0] == tokens[1, 0] == tokenizer.start
+    assert tokenizer.pieces("a red circle") == ["a</w>", "red</w>", "circle</w>"]
+    assert tokens[0, 1:4].tolist() == [tokenizer.vocab[piece] for piece in tokenizer.pieces("a red circle")]
+    assert (tokens[0, 4:] == tokenizer.end).all() and (tokens[1, 1:] == tokenizer.end).all()
+    assert tokenizer.end == max(tokenizer.vocab.values()) == len(tokenizer.vocab) - 1 == tokenizer.start + 1
+
+
+def test_case_and_space_do_not_matter_and_anything_has_tokens(tokenizer):
+    assert torch.equal(tokenizer(["A  Red\n CIRCLE"]), tokenizer(["a red circle"]))
+    strange = tokenizer(["naïve ☃ 😀 日本 42 don't!"])[0]
+    pieces = tokenizer.pieces("naïve ☃ 😀 日本 42 don't!")
+    assert strange[1:1 + len(pieces)].tolist() == [tokenizer.vocab[piece] for piece in pieces]
+
+
+def test_a_long_caption_is_cut_with_a_warning_that_says_what_was_cut(tokenizer):
+    with pytest.warns(UserWarning, match="the caption has 80 tokens, 75 fit; cut off: 'a Circle a red star'"):
+        tokens = tokenizer(["a red Star " * 25 + "a Circle a red star"])
+    assert tokens[0, -1] == tokenizer.end and (tokens[0, :-1] != tokenizer.end).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer(["a red star " * 25])  # 75 tokens just fit
+
+
+def test_saved_and_loaded_it_is_the_same_tokenizer(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    captions = ["a red circle", "Something NEW, isn't it?"]
+    assert torch.equal(again(captions), tokenizer(captions)) and again.merges == tokenizer.merges
+
+
+def test_a_vocabulary_too_small_for_the_bytes_is_refused():
+    with pytest.raises(ValueError, match="vocab_size is 500; bytes and marks alone take 514"):
+        Tokenizer.train(["a"], 500)
+
+
+def test_features_are_read_at_the_first_end_token():
+    encoder = TextEncoder(TextConfig(vocab_size=10, width=8, layers=1, heads=2, length=6))
+    tokens = torch.tensor([[8, 1, 2, 9, 9, 9], [8, 9, 9, 9, 9, 9], [8, 1, 2, 3, 4, 9]])
+    context = torch.arange(18.0).reshape(3, 6, 1).expand(3, 6, 8)
+    assert encoder.pool(tokens, context)[:, 0].tolist() == [3, 7, 17]
