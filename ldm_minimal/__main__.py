@@ -19,6 +19,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import sys
 import time
 import warnings
@@ -167,11 +168,12 @@ class Run:
             before = STAGES.index(stage)
             self.rows = [r for r in self.rows if STAGES.index(r["stage"]) < before
                          or (r["stage"] == stage and int(r["step"]) <= step)]
+            self.started = time.time() - (float(self.rows[-1]["seconds"]) if step and self.rows else 0)
             return step
         return load
 
-    def log(self, step: int, seconds: float, losses: dict[str, float]) -> None:
-        self.rows.append({"stage": self.stage, "step": step, "seconds": round(seconds, 1),
+    def log(self, step: int, losses: dict[str, float]) -> None:
+        self.rows.append({"stage": self.stage, "step": step, "seconds": round(time.time() - self.started, 1),
                           **{name: f"{value:.6g}" for name, value in losses.items()}})
 
     def save(self, step: int) -> None:
@@ -202,28 +204,31 @@ class Run:
 
 
 def drive(run: Run, stage: str, training, steps: int, save_every: float) -> None:
-    """Run a training generator to its end behind a progress bar; log every tenth step, save the state now and then."""
-    bar, started, saved, step = None, time.time(), time.time(), 0
+    """Run a training generator to its end behind a progress bar; log every tenth step, save the state now and then.
+
+    Ctrl-C is heard at the end of a step, so that the saved state is that of a whole number of steps; a second one at once.
+    """
+    bar, saved, stop = None, time.time(), []
+    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append(True) if not stop else signal.default_int_handler(*_))
     try:
         for step, losses in training:
-            if bar is None:
-                bar = tqdm(total=steps, initial=step - 1, desc=f"{stage:<11}", unit="step", disable=not run.main, dynamic_ncols=True)
+            bar = bar or tqdm(total=steps, initial=step - 1, desc=f"{stage:<11}", unit="step", disable=not run.main)
             bar.update()
-            due = time.time() - saved > save_every
+            due = stop or time.time() - saved > save_every
             if step % 10 == 0 or step == steps or due:
                 losses = {name: value.item() for name, value in losses.items()}
                 if not all(map(math.isfinite, losses.values())):
-                    raise ValueError(f"the loss of stage {stage} is not finite at step {step}: {losses}; try a smaller --rate-{stage}")
+                    raise ValueError(f"the loss of stage {stage} is not finite at step {step}: {losses}; try a smaller learning rate")
                 bar.set_postfix({name: f"{value:.3g}" for name, value in losses.items()}, refresh=False)
-                run.log(step, time.time() - started, losses)
+            if step % 10 == 0 or step == steps:
+                run.log(step, losses)
             if due:
                 run.save(step)
                 saved = time.time()
-    except KeyboardInterrupt:
-        if step:
-            run.save(step)
-        raise
+            if stop:
+                raise KeyboardInterrupt
     finally:
+        signal.signal(signal.SIGINT, ctrl_c)
         if bar is not None:
             bar.close()
 
@@ -253,7 +258,7 @@ def mixed_precision(choice: str) -> str:
 
 def train(args: argparse.Namespace) -> None:
     config = sized_config(args)
-    accelerator = Accelerator(mixed_precision=mixed_precision(args.precision))
+    accelerator = Accelerator(cpu=best_device() == "cpu", mixed_precision=mixed_precision(args.precision))
     out = pathlib.Path(args.out or f"runs/{args.size}")
     settings = {"seed": args.seed, "data": args.data, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
     with accelerator.main_process_first():
