@@ -226,7 +226,9 @@ def drive(run: Run, stage: str, training, steps: int, save_every: float) -> None
                 run.save(step)
                 saved = time.time()
             if stop:
-                raise KeyboardInterrupt
+                break
+        if stop:
+            raise KeyboardInterrupt
     finally:
         signal.signal(signal.SIGINT, ctrl_c)
         if bar is not None:
