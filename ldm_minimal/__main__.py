@@ -110,7 +110,7 @@ def data_folder(data: str | None, count: int, size: int) -> pathlib.Path:
     """The folder of the data set, drawn first if it is the default one, or a new one, and is not there yet."""
     folder = pathlib.Path(data) if data else REPOSITORY / "data" / "shapes" / str(size)
     if not folder.exists():
-        print(f"drawing {count:,} captioned pictures into {folder}", flush=True)
+        print(f"drawing {count:,} captioned pictures into {folder}", file=sys.stderr)
         shapes_module("prepare").prepare(folder, size, count, seed=0)
     return folder
 
@@ -134,13 +134,13 @@ class Run:
         self.progress = {"settings": settings, "done": []}
         marker = out / "run.json"
         if marker.is_file():
-            found = json.loads(marker.read_text())
+            found = read_json(marker)
             changed = [name for name in settings if found["settings"].get(name) != settings[name]]
             if changed:
                 raise ValueError(f"--out {out} holds a run with another {' and '.join(changed)}; give its own command again to go on "
                                  "with it, or another --out")
             self.progress = found
-        elif out.exists() and any(out.iterdir()):
+        elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise ValueError(f"--out {out} is not empty and holds no run of ours; choose another folder")
         elif self.main:
             out.mkdir(parents=True, exist_ok=True)
@@ -160,15 +160,16 @@ class Run:
         def load(parts: dict) -> int:
             self.stage, self.parts, step = stage, {**parts, **self.scaler}, 0
             if (self.out / "resume.pt").is_file():
-                state = torch.load(self.out / "resume.pt", map_location="cpu", weights_only=True)
+                state = read_state(self.out / "resume.pt")
                 if state["stage"] == stage:
                     step = state["step"]
-                    for name, part in self.parts.items():
-                        part.load_state_dict(state["parts"][name])
+                    for name in self.parts.keys() & state["parts"].keys():  # the scaler is there in fp16 only
+                        self.parts[name].load_state_dict(state["parts"][name])
             before = STAGES.index(stage)
             self.rows = [r for r in self.rows if STAGES.index(r["stage"]) < before
                          or (r["stage"] == stage and int(r["step"]) <= step)]
-            self.started = time.time() - (float(self.rows[-1]["seconds"]) if step and self.rows else 0)
+            last = self.rows[-1] if self.rows and self.rows[-1]["stage"] == stage else {"seconds": 0}
+            self.started = time.time() - float(last["seconds"])
             return step
         return load
 
@@ -201,6 +202,21 @@ class Run:
             self.progress["done"].append(stage)
             self.write_marker()
             (self.out / "resume.pt").unlink(missing_ok=True)
+
+
+def read_json(path: pathlib.Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+        return found | {"settings": found["settings"] | {}, "done": list(found["done"])}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is no record of a run of ours") from None
+
+
+def read_state(path: pathlib.Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises many kinds
+        raise ValueError(f"{path} cannot be read; remove it to start the stage again") from None
 
 
 def drive(run: Run, stage: str, training, steps: int, save_every: float) -> None:
@@ -264,18 +280,29 @@ def train(args: argparse.Namespace) -> None:
     out = pathlib.Path(args.out or f"runs/{args.size}")
     settings = {"seed": args.seed, "data": args.data, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
     with accelerator.main_process_first():
-        run = Run(out, settings, accelerator)
         folder = data_folder(args.data, args.count, config.image_size)
     data = read_split(folder, "train", config.image_size)
-    model = start_or_load(run, config, data, args.seed)
+    check_batches(config, len(data), accelerator.num_processes)
+    with accelerator.main_process_first():
+        run = Run(out, settings, accelerator)
+    model = start_or_load(run, config, data, args.seed).to(accelerator.device)
     shared = dict(seed=args.seed, accelerator=accelerator)
     for stage in STAGES:
         if not run.done(stage):
             torch.manual_seed(args.seed * len(STAGES) + STAGES.index(stage))  # first weights of judge and discriminator
             train_stage(stage, run, model, data, shared, args.save_every)
     if accelerator.is_main_process:
-        model = LatentDiffusion.load(out / "model").to(accelerator.device)
-        final_report(out, model, folder, args)
+        (out / "resume.pt").unlink(missing_ok=True)  # a kill may have left it
+        final_report(out, LatentDiffusion.load(out / "model").to(accelerator.device), folder, args)
+    accelerator.end_training()
+
+
+def check_batches(config: Config, count: int, processes: int) -> None:
+    """Before the first stage, not after the second."""
+    for stage in ("clip", "autoencoder", "denoiser"):
+        batch = getattr(config, f"{stage}_stage").batch
+        if batch > count or batch % processes:
+            raise ValueError(f"--batch-{stage} is {batch}; allowed are multiples of the {processes} processes, up to the {count} pictures")
 
 
 def start_or_load(run: Run, config: Config, data: CaptionedImages, seed: int) -> LatentDiffusion:
@@ -309,6 +336,7 @@ def train_stage(stage: str, run: Run, model: LatentDiffusion, data: CaptionedIma
         measure_scale_factor(model, data, shared["seed"])
     if run.main:
         stage_picture(stage, run.out, model, clip if stage in ("clip", "judge") else None, data)
+    shared["accelerator"].wait_for_everyone()  # nobody still reads the state that is now removed
     run.finish(stage, recipe.steps, (lambda: clip.save(run.out / "judge")) if stage == "judge" else (lambda: model.save(run.out / "model")))
     shared["accelerator"].wait_for_everyone()
 
@@ -332,8 +360,9 @@ def stage_picture(stage: str, out: pathlib.Path, model: LatentDiffusion, clip: C
 
 def final_report(out: pathlib.Path, model: LatentDiffusion, folder: pathlib.Path, args: argparse.Namespace) -> None:
     print(f"\nmodel    {out / 'model'}\npictures {out / 'clip.png'}, {out / 'autoencoder.png'}, {out / 'samples.png'}\n"
-          f"losses   {out / 'log.csv'}\nscores   {out / 'scores.json'}")
-    if (folder / "test").is_dir() and args.captions:
+          f"losses   {out / 'log.csv'}")
+    if (folder / "test").is_dir() and args.captions > 1:
+        print(f"scores   {out / 'scores.json'}")
         scores = all_scores(model, CLIP.load(out / "judge").to(model.device), folder, [5.0], args.captions, args.seed)
         write_whole(out / "scores.json", lambda partial: partial.write_text(json.dumps(scores, indent=2) + "\n"))
         print_scores(scores)
@@ -348,8 +377,10 @@ def load_part(folder: str | os.PathLike, part: str, kind: type):
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ValueError(f"--model {folder} is not a folder" if folder.exists() else f"--model {folder} does not exist")
-    inner = folder / part
-    return kind.load(inner if inner.is_dir() or part == "judge" else folder)
+    marker = folder / "run.json"
+    if part == "model" and marker.is_file() and "denoiser" not in read_json(marker)["done"]:
+        raise ValueError(f"--model {folder} is a run that is not finished; its `train` command goes on with it")
+    return kind.load(folder if part == "model" and (folder / "config.json").is_file() else folder / part)
 
 
 def best_device() -> str:
@@ -362,13 +393,14 @@ def sample(args: argparse.Namespace) -> None:
     out = pathlib.Path(args.out)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out {out} must end in .png, .jpg or .webp")
-    check_writable(out)
     model = load_part(args.model, "model", LatentDiffusion).to(best_device())
+    check_writable(out)
     started = time.time()
     path = model.denoise(args.prompts, steps=args.steps, guidance=args.guidance, negative=args.negative,
                          generator=torch.Generator().manual_seed(args.seed))
     with tqdm(path, total=args.steps, desc="denoising", unit="step", leave=False) as bar, torch.no_grad():
-        *_, (_, z, _) = bar
+        for _, z, _ in bar:
+            pass
         x = model.decode(z)
     save_grid(out, x, args.prompts) if len(x) > 1 else save_single(out, x[0])
     print(f"{out}  {len(x)} picture{'s' * (len(x) > 1)} of {x.shape[-1]} x {x.shape[-2]}, {time.time() - started:.1f} s")
@@ -511,12 +543,13 @@ def info(args: argparse.Namespace) -> None:
         calls["image_encoder"] = lambda: model.image_encoder(x)
     print(f"{config.name}: {config.image_size} x {config.image_size} pictures, f = {model.autoencoder.f}, "
           f"{config.autoencoder.channels} x {side} x {side} latents, scale factor {config.scale_factor}")
-    print(f"{'':<15}{'parameters':>15}{'MB in float32':>15}{'GFLOP, one forward pass of one picture':>40}")
+    print(f"{'':<15}{'parameters':>15}{'MB':>10}{'GFLOP, one forward pass of one picture':>42}")
     for name, call in calls.items():
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             call()
-        count = sum(p.numel() for p in getattr(model, name).parameters())
-        print(f"{name:<15}{count:>15,}{count * 4 / 1e6:>15.1f}{counter.get_total_flops() / 1e9:>40.3f}")
+        weights = list(getattr(model, name).parameters())
+        count, size = sum(p.numel() for p in weights), sum(p.numel() * p.element_size() for p in weights)
+        print(f"{name:<15}{count:>15,}{size / 1e6:>10.1f}{counter.get_total_flops() / 1e9:>42.3f}")
 
 
 # --------------------------------------------------------------------------------------------------------- parser ----

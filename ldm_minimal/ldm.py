@@ -47,9 +47,10 @@ import numpy as np
 import safetensors.torch
 import tokenizers
 import torch
+import torch.distributed.nn.functional
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -88,11 +89,11 @@ class NoiseSchedule:
         if T < 2:
             raise ValueError(f"T is {T}; a schedule has at least 2 steps")
         if kind == "linear":
-            betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+            betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu")
         elif kind == "scaled-linear":
-            betas = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2
+            betas = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64, device="cpu") ** 2
         elif kind == "cosine":
-            u = torch.arange(T + 1, dtype=torch.float64) / T
+            u = torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
             wave = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = (1 - wave[1:] / wave[:-1]).clamp(max=0.999)
         else:
@@ -128,7 +129,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 class ResBlock(nn.Module):
     """h = conv(silu(norm(x))) + time; out = skip(x) + conv(silu(norm(h))). (B, C_in, H, W) -> (B, C_out, H, W).
 
-    time_width: channels of the timestep embedding, which is added to every position; 0 (autoencoder) for none.
+    time: (B, time_width), silu(MLP(embedding of t)), added to every position; time_width 0 (autoencoder) for none.
     groups, eps: of both GroupNorms; Stable Diffusion has 32 groups, and eps 1e-5 in the U-Net, 1e-6 in the autoencoder."""
 
     def __init__(self, c_in: int, c_out: int, time_width: int = 0, groups: int = 32, eps: float = 1e-5):
@@ -175,6 +176,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | dict | None = None) -> Tensor:
         q = self.split(self.query(x))
+        # Prepared, the context is a dict in which each layer finds the keys and values it made of the prompt.
         k, v = context[self] if isinstance(context, dict) else self.keys_values(x if context is None else context)
         if self.keep_weights:
             scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5                           # (B, heads, N, M)
@@ -287,7 +289,7 @@ class AttentionBlock(nn.Module):
 class Autoencoder(nn.Module):
     """E and D of the book: `encode` x (B, 3, H, W) into a Gaussian over z (B, c, H/f, W/f), `decode` z into x_hat.
 
-    The KL-regularised autoencoder of Rombach et al., app. E. H and W must be multiples of f. `forward` does both: x and
+    The KL-regularised autoencoder of Rombach et al., app. G. H and W must be multiples of f. `forward` does both: x and
     the reparameterisation's eps (or None, for the mean) -> (x_hat, posterior)."""
 
     def __init__(self, config: AutoencoderConfig = AutoencoderConfig()):
@@ -350,7 +352,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of two pictures in the eyes of a network: the LPIPS form (Zhang et al. 2018, eq. 1).
+    """Distance of two pictures in the eyes of a network: the LPIPS form (Zhang et al. 2018, eq. 1, whose w is inside the square).
 
         d(x, y) = sum_layers mean_positions sum_channels w (f(x) - f(y))^2,  f = features of unit length per position
 
@@ -383,24 +385,26 @@ class PerceptualLoss(nn.Module):
 class VGGFeatures(nn.Module):
     """VGG16's convolutions (Simonyan & Zisserman 2015), read before each pooling; x in [-1, 1], shifted as lpips does."""
 
+    POOL_BEFORE, NUMBERS = {5, 10, 17, 24}, [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]  # in torchvision's `features`
+
     def __init__(self, state: dict[str, Tensor]):
         super().__init__()
-        numbers = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]  # of the convolutions in torchvision's `features`
-        self.pool_before = {5, 10, 17, 24}
-        self.state = {n: (state[f"features.{n}.weight"], state[f"features.{n}.bias"]) for n in numbers}
+        for number in self.NUMBERS:
+            self.register_buffer(f"weight{number}", state[f"features.{number}.weight"].float())
+            self.register_buffer(f"bias{number}", state[f"features.{number}.bias"].float())
 
     def forward(self, x: Tensor) -> list[Tensor]:
         shift, scale = x.new_tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[:, None, :, None, None]
         h, maps = (x - shift) / scale, []
-        for number, (weight, bias) in self.state.items():
-            if number in self.pool_before:
+        for number in self.NUMBERS:
+            if number in self.POOL_BEFORE:
                 maps, h = maps + [h], F.max_pool2d(h, 2)
-            h = F.relu(F.conv2d(h, weight.to(x), bias.to(x), padding=1))
+            h = F.relu(F.conv2d(h, getattr(self, f"weight{number}"), getattr(self, f"bias{number}"), padding=1))
         return maps + [h]
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_weight: Tensor) -> Tensor:
-    """Esser et al. 2021, eq. 7: |grad reconstruction| / (|grad adversarial| + 1e-4) at the decoder's last layer.
+    """Esser et al. 2021, eq. 7: |grad reconstruction| / (|grad adversarial| + 1e-4, CompVis' value) at the last layer.
 
     Both losses scalar and unscaled (before any GradScaler); the norms are taken in float32. Returns a scalar, detached,
     in [0, 1e4]: multiplied by it, the adversary pulls on the decoder as hard as the reconstruction does.
@@ -432,7 +436,7 @@ def autoencoder_loss(x: Tensor, x_hat: Tensor, posterior: Gaussian, perceptual: 
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss (Lim & Ye 2017): mean of relu(1 - real) and relu(1 + fake), logits of any shape -> scalar."""
+    """Hinge loss (Lim & Ye 2017, arXiv 1705.02894): mean of relu(1 - real) and relu(1 + fake), logits of any shape -> scalar."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -452,12 +456,12 @@ class CaptionedImages:
         if not metadata.is_file():
             raise FileNotFoundError(f"no captions: {metadata} does not exist; it holds one "
                                     '{"file_name": ..., "text": ...} line for each picture')
-        lines = [line for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not lines:
+        lines = metadata.read_bytes().decode("utf-8-sig", errors="replace").split("\n")
+        self.rows = [self.parse(line, f"{metadata}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+        if not self.rows:
             raise ValueError(f"{metadata} is empty; it needs one line for each picture")
-        self.rows = [self.parse(line, f"{metadata}, line {n}") for n, line in enumerate(lines, 1)]
         self.captions = [row["text"] for row in self.rows]
-        self.images = torch.empty(len(lines), 3, size, size, dtype=torch.uint8)
+        self.images = torch.empty(len(self.rows), 3, size, size, dtype=torch.uint8)
         for i, row in enumerate(tqdm(self.rows, desc="reading pictures", disable=not progress, leave=False)):
             self.images[i] = self.read(folder / row["file_name"], size)
 
@@ -477,16 +481,13 @@ class CaptionedImages:
         """One picture, (3, size, size) uint8; transparent pixels become white."""
         try:
             with Image.open(path) as file:
-                picture = file.convert("RGBA")
+                picture = ImageOps.exif_transpose(file).convert("RGBA")
         except FileNotFoundError:
             raise ValueError(f"{path} is named in metadata.jsonl but does not exist") from None
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} is not a picture that can be read: {error}") from None
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        side, left, top = min(picture.size), (picture.width - min(picture.size)) // 2, (picture.height - min(picture.size)) // 2
-        picture = picture.crop((left, top, left + side, top + side))
-        if side != size:
-            picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)                         # (3, size, size)
 
     def __len__(self) -> int:
@@ -628,7 +629,7 @@ class ImageConfig:
 class ImageEncoder(nn.Module):
     """The picture tower of our small CLIP: x (B, 3, H, W) -> (B, width of the text tower). Convolutions, then a mean.
 
-    `features` gives each level's map: what the perceptual loss compares. `log_scale` is CLIP's learned temperature."""
+    `features` gives each level's map: what the perceptual loss compares. `log_scale`, CLIP's temperature, is kept here."""
 
     def __init__(self, config: ImageConfig, width: int):
         super().__init__()
@@ -769,6 +770,9 @@ class UNet(nn.Module):
         return {attention: attention.keys_values(context) for attention in self.cross_attentions()}
 
     def forward(self, z_t: Tensor, t: Tensor, context: Tensor | dict) -> Tensor:
+        times = 2 ** sum(isinstance(layer, Downsample) for layer in self.down)
+        if z_t.shape[-1] % times or z_t.shape[-2] % times:
+            raise ValueError(f"z_t is {z_t.shape[-2]} x {z_t.shape[-1]}; height and width must be multiples of {times}")
         # Every residual block wants silu(time): once here, not once in each.
         time = F.silu(self.time(timestep_embedding(t, self.width).to(self.conv_in.weight.dtype)))  # (B, 4 width)
         h = self.conv_in(z_t.contiguous(memory_format=torch.channels_last))                 # (B, width, h, w)
@@ -794,23 +798,18 @@ def guided_eps(unet: UNet, z_t: Tensor, t: Tensor, context: Tensor | dict, guida
 
 
 # ------------------------------------------------------------------------------------- samplers (chapters 2 and 7) ----
-#
 # One signature: predict(z_t, t) -> eps_hat with t (B,); the schedule; z to start from. Each is a generator that yields
 # (t, z, z0_hat) after every step: the step's time, the less noisy z, and the clean latent guessed on the way.
 
-
 def ddpm_sample(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, z: Tensor, *, start: int | None = None,
                 generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """DDPM algorithm 2: all T steps, or those from t = `start` down, with the posterior's variance; no noise at the last.
+    """DDPM algorithm 2: all T steps, or those from t = `start` down; sigma is the posterior's; no noise at the last.
 
         z_{t-1} = (z_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(1 - beta_t) + sigma_t noise
         sigma_t^2 = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
     """
-    start = schedule.T - 1 if start is None else start
-    for t in range(_check_start(start, schedule), -1, -1):
-        eps_hat = predict(z, torch.full((len(z),), t, device=z.device))
-        beta, a = schedule.betas[t].item(), schedule.alpha_bars[t].item()
-        a_before = schedule.alpha_bars[t - 1].item() if t > 0 else 1.0
+    for t, a, a_before in ddim_timesteps(schedule, schedule.T, start=start):
+        eps_hat, beta = predict(z, torch.full((len(z),), t, device=z.device)), schedule.betas[t].item()
         z0_hat = (z - (1 - a) ** 0.5 * eps_hat) / a**0.5
         z = (z - beta / (1 - a) ** 0.5 * eps_hat) / (1 - beta) ** 0.5
         if t > 0:
@@ -836,7 +835,9 @@ def ddim_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "trailing
     else:
         raise ValueError(f"spacing is {spacing!r}; allowed are 'trailing' and 'leading'")
     if start is not None:
-        times = [_check_start(start, schedule)] + [t for t in times if t < start]
+        if not 0 <= start < T:
+            raise ValueError(f"start is {start}; allowed are 0 to {T - 1}")
+        times = [start] + [t for t in times if t < start]
     alpha_bars = [schedule.alpha_bars[t].item() for t in times]
     return list(zip(times, alpha_bars, alpha_bars[1:] + [last]))
 
@@ -844,7 +845,7 @@ def ddim_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "trailing
 def ddim_sample(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, z: Tensor, *, steps: int = 50,
                 eta: float = 0.0, spacing: str = "trailing", start: int | None = None,
                 generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """DDIM eq. 12: guess the clean latent, then go straight to the noise level of the next step.
+    """DDIM eq. 12 and 16, whose alpha is our alpha_bar: guess the clean latent, go straight to the next noise level.
 
         z0_hat = (z_t - sqrt(1 - a) eps_hat) / sqrt(a)                       a, a' = alpha_bar now and after the step
         z'     = sqrt(a') z0_hat + sqrt(1 - a' - sigma^2) eps_hat + sigma noise
@@ -874,12 +875,6 @@ def ddim_invert(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSche
         z0_hat = (z - (1 - a_clean) ** 0.5 * eps_hat) / a_clean**0.5
         z = a**0.5 * z0_hat + (1 - a) ** 0.5 * eps_hat
         yield t, z, z0_hat
-
-
-def _check_start(start: int, schedule: NoiseSchedule) -> int:
-    if not 0 <= start < schedule.T:
-        raise ValueError(f"start is {start}; allowed are 0 to {schedule.T - 1}")
-    return start
 
 
 def _noise_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -939,18 +934,17 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"prompts is {prompts!r}; a list of at least one string is needed")
         if not (math.isfinite(guidance) and math.isfinite(eta) and 0 <= eta <= 1):
             raise ValueError(f"guidance is {guidance}, eta {eta}; both must be finite, eta in [0, 1]")
-        context = self.embed(prompts)
         if z is None:
             side = self.config.image_size // self.autoencoder.f
-            shape = torch.empty(len(prompts), self.autoencoder.channels, side, side, device=self.device, dtype=context.dtype)
-            z = _noise_like(shape, generator)
-        if guidance == 1:
-            predict, context = self.unet, self.unet.prepare(context)
-        else:
-            predict = lambda z, t, context: guided_eps(self.unet, z, t, context, guidance)  # noqa: E731
-            context = self.unet.prepare(torch.cat([self.embed([negative]).expand_as(context), context]))
-        yield from ddim_sample(lambda z, t: predict(z, t, context), self.schedule, z, steps=steps, eta=eta, spacing=spacing,
-                               start=start, generator=generator)
+            z = _noise_like(torch.empty(len(prompts), self.autoencoder.channels, side, side, device=self.device), generator)
+        context, _ = self.embed(prompts), self.scale_factor  # which raises here, not after all the steps
+        if guidance != 1:
+            context = torch.cat([self.embed([negative]).expand_as(context), context])
+        prepared = self.unet.prepare(context)
+        predict = functools.partial(self.unet, context=prepared) if guidance == 1 else functools.partial(
+            guided_eps, self.unet, context=prepared, guidance=guidance)
+        yield from ddim_sample(predict, self.schedule, z.to(context.dtype), steps=steps, eta=eta, spacing=spacing, start=start,
+                               generator=generator)
 
     @torch.no_grad()
     def generate(self, prompts: list[str], *, steps: int = 50, guidance: float = 7.5, negative: str = "", eta: float = 0.0,
@@ -994,7 +988,7 @@ def _load_model(build: Callable[[dict], nn.Module], folder: str | os.PathLike) -
         if (folder / "tokenizer.json").is_file():
             model.tokenizer = Tokenizer.load(folder / "tokenizer.json")
         model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+    except Exception as error:  # whatever is wrong in there, it is no model of ours
         raise ValueError(f"{folder} is not a whole model of ours: {' '.join(str(error).split())[:300]}") from None
     return model.eval()
 
@@ -1015,20 +1009,18 @@ def _whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------- training (chapter 8) ----
-#
 # Each stage is a generator that yields (steps done, losses): plots, bars and files stay outside. All randomness of a step
 # comes from (seed, stage, step), drawn for the whole batch, then shared out: many processes see the noise of one, and a
 # killed run goes on as if nothing had happened. `resume` is handed the stage's stateful parts by name, may load an earlier
 # run's state into them, and returns the step to go on from.
-
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -1063,7 +1055,7 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def done(self) -> None:
+    def done(self) -> None:  # after the last step
         self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)  # take off the wrapper of mixed precision
         self.module.eval()
 
@@ -1121,31 +1113,34 @@ def train_autoencoder(model: LatentDiffusion, data: CaptionedImages, stage: Stag
                       resume: Callable[[dict], int] = lambda parts: 0) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Stage 1: squeeze and restore. Yields (step, parts of the loss); updates `model.autoencoder` in place.
 
-    perceptual: by default the features of the model's own picture tower. The discriminator joins at step
-    `config.adversarial_start`; weights of all terms are the config's. Call `measure_scale_factor` afterwards.
+    perceptual: by default the features of the model's own picture tower. The discriminator (seed torch for its first
+    weights) joins at step `config.adversarial_start`; weights of all terms are the config's. Over several processes each
+    takes the adaptive weight of its own share, as CompVis does. Call `measure_scale_factor` afterwards.
     """
     accelerator, config = accelerator or Accelerator(), model.config
-    perceptual = perceptual or PerceptualLoss(model.image_encoder.eval().requires_grad_(False).to(accelerator.device).features)
-    generator = Trainee(model.autoencoder, stage, accelerator)
-    judge = Trainee(discriminator or PatchDiscriminator(32, 2), stage, accelerator)
+    model.to(accelerator.device)
+    perceptual = perceptual or PerceptualLoss(model.image_encoder.eval().requires_grad_(False).features)
+    trainee = Trainee(model.autoencoder, stage, accelerator)
+    critic = Trainee(discriminator or PatchDiscriminator(32, 2), stage, accelerator)
     weights = dict(kl_weight=config.kl_weight, perceptual_weight=config.perceptual_weight, adversarial_weight=config.adversarial_weight)
     mine, side = _my_share(accelerator, stage.batch, len(data)), config.image_size // model.autoencoder.f
-    for step in range(resume({"autoencoder": model.autoencoder, "discriminator": judge.module, "optimizer": generator.optimizer,
-                              "discriminator_optimizer": judge.optimizer}), stage.steps):
+    for step in range(resume({"autoencoder": model.autoencoder, "discriminator": critic.module, "optimizer": trainee.optimizer,
+                              "discriminator_optimizer": critic.optimizer}), stage.steps):
         random = _step_generator(seed, 1, step)
         x = data.pictures(torch.randperm(len(data), generator=random)[:stage.batch][mine]).to(accelerator.device)
         eps = torch.randn(stage.batch, model.autoencoder.channels, side, side, generator=random)[mine].to(accelerator.device)
-        adversary = judge.module.requires_grad_(False) if step >= config.adversarial_start else None
-        x_hat, posterior = generator.net(x, eps)
+        # Frozen, and outside its DDP wrapper: the autoencoder's step must leave nothing in the critic's gradients.
+        adversary = critic.module.requires_grad_(False) if step >= config.adversarial_start else None
+        x_hat, posterior = trainee.net(x, eps)
         loss, parts = autoencoder_loss(x, x_hat, posterior, perceptual, adversary, model.autoencoder.decoder[-1].weight, **weights)
-        generator.step(loss, step)
+        trainee.step(loss, step)
         if adversary is not None:
-            judge.module.requires_grad_(True)
-            parts["discriminator"] = discriminator_loss(*judge.net(torch.cat([x, x_hat.detach()])).chunk(2))
-            judge.step(parts["discriminator"], step)
+            critic.module.requires_grad_(True)
+            parts["discriminator"] = discriminator_loss(*critic.net(torch.cat([x, x_hat.detach()])).chunk(2))
+            critic.step(parts["discriminator"], step)
         yield step + 1, {name: part.detach() for name, part in parts.items()}
-    generator.done()
-    judge.done()
+    trainee.done()
+    critic.done()
 
 
 @torch.no_grad()
@@ -1167,7 +1162,7 @@ def measure_scale_factor(model: LatentDiffusion, data: CaptionedImages, seed: in
 
 @torch.no_grad()
 def embed_all(model: LatentDiffusion, captions: list[str], batch: int = 256) -> tuple[Tensor, Tensor]:
-    """The frozen text encoder's context of every caption, once, in half precision on the CPU; and that of the empty one."""
+    """The frozen text encoder's context of every caption, once: (N, 77, d) half on the CPU; and (1, 77, d) of the empty one."""
     contexts = [model.embed(captions[i:i + batch]).half().cpu() for i in range(0, len(captions), batch)]
     return torch.cat(contexts), model.embed([""])
 
@@ -1181,10 +1176,11 @@ def train_denoiser(model: LatentDiffusion, data: CaptionedImages, stage: Stage, 
     one) teaches the unconditional prediction that guidance needs.
     """
     accelerator = accelerator or Accelerator()
-    device = accelerator.device
-    moments, contexts, empty = encode_all(model.to(device).eval(), data), *embed_all(model, data.captions)
-    ema, trainee, mine = EMA(model.unet, ema_decay), Trainee(model.unet, stage, accelerator), _my_share(accelerator, stage.batch, len(data))
+    device, mine = accelerator.device, _my_share(accelerator, stage.batch, len(data))
+    moments = encode_all(model.to(device).eval(), data)
+    contexts, empty = embed_all(model, data.captions)
     shape = (model.autoencoder.channels, *moments.shape[2:])
+    ema, trainee = EMA(model.unet, ema_decay), Trainee(model.unet, stage, accelerator)
     for step in range(resume({"unet": model.unet, "optimizer": trainee.optimizer, "ema": ema.module}), stage.steps):
         random = _step_generator(seed, 3, step)
         rows = torch.randperm(len(data), generator=random)[:stage.batch][mine]
