@@ -390,8 +390,8 @@ class VGGFeatures(nn.Module):
     def __init__(self, state: dict[str, Tensor]):
         super().__init__()
         for number in self.NUMBERS:
-            self.register_buffer(f"weight{number}", state[f"features.{number}.weight"].float())
-            self.register_buffer(f"bias{number}", state[f"features.{number}.bias"].float())
+            self.register_buffer(f"weight{number}", state[f"features.{number}.weight"])
+            self.register_buffer(f"bias{number}", state[f"features.{number}.bias"])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         shift, scale = x.new_tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[:, None, :, None, None]
@@ -399,7 +399,8 @@ class VGGFeatures(nn.Module):
         for number in self.NUMBERS:
             if number in self.POOL_BEFORE:
                 maps, h = maps + [h], F.max_pool2d(h, 2)
-            h = F.relu(F.conv2d(h, getattr(self, f"weight{number}"), getattr(self, f"bias{number}"), padding=1))
+            weight, bias = [getattr(self, f"{name}{number}").to(x.dtype) for name in ("weight", "bias")]
+            h = F.relu(F.conv2d(h, weight, bias, padding=1))
         return maps + [h]
 
 
