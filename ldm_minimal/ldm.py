@@ -605,7 +605,7 @@ class TextEncoder(nn.Module):
         self.layers = nn.Sequential(*[TextLayer(config.width, config.heads) for _ in range(config.layers)])
         self.norm = nn.LayerNorm(config.width)
         for table in (self.token, self.position):
-            nn.init.normal_(table.weight, std=0.02)
+            nn.init.normal_(table.weight, std=1.0)  # large: a tower this small would drown the words in what its layers add
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.norm(self.layers(self.token(tokens) + self.position.weight[:tokens.shape[1]]))
@@ -732,7 +732,7 @@ class UNet(nn.Module):
     """eps_theta(z_t, t, y): down, middle and up, with every map on the way down handed across (Rombach et al. app. E).
 
     z_t (B, c, h, w), t (B,), context (B, 77, d) or what `prepare` made of it -> eps_hat (B, c, h, w). h and w must be
-    multiples of 2 ** (levels - 1). The last convolution starts at zero, so an untrained U-Net predicts no noise at all."""
+    multiples of 2 ** (levels - 1). The last layer of every block, and of all, starts at zero, as in DDPM's code."""
 
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
@@ -757,8 +757,9 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(Upsample(c))
         self.norm, self.conv_out = nn.GroupNorm(config.groups, c), nn.Conv2d(c, config.channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for last in [getattr(m, name) for m in self.modules() for name in ("conv_out", "project_out") if hasattr(m, name)]:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
         self.to(memory_format=torch.channels_last)
 
     def cross_attentions(self) -> list[Attention]:
@@ -1234,10 +1235,10 @@ SHAPES = Config(
     text=TextConfig(vocab_size=768, width=96, layers=2, heads=4),
     image=ImageConfig(width=16, mult=(1, 2, 4), groups=8),
     autoencoder=AutoencoderConfig(width=32, mult=(1, 2, 2), blocks=1, channels=4, groups=4),
-    unet=UNetConfig(channels=4, width=96, mult=(1, 1), blocks=1, attention=(0, 1), heads=4, context_width=96, groups=16),
-    clip_stage=Stage(steps=400, batch=128, learning_rate=1e-3),
+    unet=UNetConfig(channels=4, width=64, mult=(1, 1), blocks=1, attention=(0, 1), heads=4, context_width=96, groups=4),
+    clip_stage=Stage(steps=500, batch=128, learning_rate=2e-3),
     autoencoder_stage=Stage(steps=1200, batch=32, learning_rate=1.5e-3),
-    denoiser_stage=Stage(steps=1600, batch=64, learning_rate=1e-3),
+    denoiser_stage=Stage(steps=2000, batch=64, learning_rate=2e-3),
     perceptual_weight=0.1, adversarial_weight=0.25, adversarial_start=600,
 )
 

@@ -52,7 +52,7 @@ def digest(folder):
 
 
 def one(shape="circle", colour="red", size="large", texture="plain", background="white", radius=None, side=32):
-    radius = radius or np.mean(prepare.SIZES[size])
+    radius = radius or prepare.SIZES[size]
     return prepare.draw(Scene(background, (Thing(shape, colour, size, texture, 0.5, 0.5, radius),)), side)
 
 
@@ -105,7 +105,8 @@ def test_scenes_are_whole_clear_and_never_diagonal(drawn):
     for scene, _, _ in drawn:
         for thing in scene.things:
             assert thing.radius <= min(thing.x, thing.y, 1 - thing.x, 1 - thing.y) + 1e-4
-            assert prepare.SIZES[thing.size][0] - 1e-4 <= thing.radius <= prepare.SIZES[thing.size][1] + 1e-4
+            assert thing.radius == prepare.SIZES[thing.size]
+            assert {thing.x, thing.y} <= set(prepare.LINES)
         if len(scene.things) == 2:
             first, second = scene.things
             apart, aside = sorted((abs(first.x - second.x), abs(first.y - second.y)), reverse=True)
@@ -132,7 +133,7 @@ def test_edges_are_antialiased_and_sizes_agree():
 @pytest.mark.parametrize("texture", ["striped", "checked"])
 def test_a_texture_repeats_at_least_every_four_pixels(texture):
     """A clearly darker shade, and bands of two pixels or more between changes."""
-    picture = one("square", "yellow", texture=texture, radius=prepare.SIZES["large"][0], side=320)
+    picture = one("square", "yellow", texture=texture, side=320)
     down = picture[:, 160].astype(int).sum(1)
     dark = down[down < 765] < 0.75 * sum(COLOURS["yellow"])
     changes = np.flatnonzero(np.diff(dark))

@@ -34,7 +34,7 @@ RADII = (3.5, 3.8, 4.15, 4.5, 5.0, 5.5, 6.0, 6.4, 6.75, 7.1, 7.45, 7.9)  # pixel
 OFFSETS = (-0.8, -0.4, 0.0, 0.4, 0.8)  # pixels from the part's centre of mass, each way
 BLUR = 0.4  # how blurred the bank expects a picture (see soften); each candidate is then fitted more exactly
 KEEP = 4  # candidates of the bank that are fitted more exactly
-MIDDLE = (SIZES["small"][1] + SIZES["large"][0]) / 2  # the radius between small and large
+MIDDLE = (SIZES["small"] + SIZES["large"]) / 2  # the radius between small and large
 # The share of a part's energy that may stay unexplained; above it the shape is "unknown". Drawn, blurred and noisy
 # things leave up to 0.04 (99 of 100), half-drawn ones 0.10 or more (90 of 100).
 TOLERANCE = 0.07

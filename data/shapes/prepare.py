@@ -62,7 +62,7 @@ SHAPES = {
     "heart": lambda u, v: u**2 + (1.26 * (0.19 - v) - 0.9 * np.sqrt(abs(u)))**2 < 0.98,
     "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.33) & (np.maximum(abs(u), abs(v)) < 0.96),
 }
-PERIOD = 0.9  # of a texture, in radii: 5.8 to 6.7 pixels at size 32
+PERIOD = 0.9  # of a texture, in radii: 6.3 pixels at size 32
 # Is the point dark? Both patterns are centred on the thing and have a light middle.
 TEXTURES = {
     "plain": lambda u, v: np.zeros(np.broadcast(u, v).shape, bool),
@@ -73,14 +73,13 @@ COLOURS = {"red": (222, 40, 48), "orange": (255, 138, 20), "yellow": (252, 216, 
            "cyan": (64, 208, 226), "blue": (40, 88, 228), "purple": (132, 52, 188), "pink": (250, 118, 188)}
 SHADE = 0.55  # the dark of a texture is its colour times this
 BACKGROUNDS = {"white": (255, 255, 255), "black": (12, 12, 16), "grey": (138, 138, 142), "cream": (250, 226, 174)}
-SIZES = {"small": (3.8 / 32, 4.5 / 32), "large": (6.4 / 32, 7.4 / 32)}  # radius, from and to
+SIZES = {"small": 4.4 / 32, "large": 7.0 / 32}  # the radius
 RELATIONS = {"left of": ("left of", "to the left of"), "right of": ("right of", "to the right of"),
              "above": ("above", "over"), "below": ("below", "under")}
 WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 HELD_OUT = (("purple", "circle"), ("orange", "square"), ("pink", "triangle"), ("cyan", "star"), ("blue", "heart"),
             ("green", "cross"))
-GAP = 2 / 32  # the least space between two things
-DRIFT = 2 / 32  # how far two things may each leave their common line
+LINES = (0.25, 0.5, 0.75)  # things stand on a grid of 3 x 3 places; two of them at the ends of a row or column
 SUPERSAMPLE = 5  # points a pixel is averaged over, each way
 
 
@@ -99,17 +98,12 @@ def random_kinds(rng, count, held_out):
             return tuple(kinds)
 
 
-def random_places(rng, radii):
-    """Centres (x, y) for one radius, or for two: the first left of or above the second, clear of it."""
-    if len(radii) == 1:
-        return [tuple(rng.triangular(radii[0], 0.5, 1 - radii[0], 2))]
-    first, second = radii
-    before, between, _ = rng.dirichlet((1, 1, 1)) * (1 - 2 * first - 2 * second - GAP)
-    along = before + first, before + 2 * first + GAP + between + second
-    margin = max(radii)
-    line = rng.triangular(margin, 0.5, 1 - margin)
-    across = [np.clip(line + rng.uniform(-DRIFT, DRIFT), radius, 1 - radius) for radius in radii]
-    places = list(zip(along, across))
+def random_places(rng, count):
+    """Centres (x, y) on the grid of one thing, or of two: the first left of or above the second."""
+    line = pick(rng, LINES)
+    if count == 1:
+        return [(line, pick(rng, LINES))]
+    places = [(LINES[0], line), (LINES[-1], line)]
     return places if rng.random() < 0.5 else [(x, y) for y, x in places]
 
 
@@ -118,13 +112,11 @@ def random_scene(rng, held_out=False):
     count = 1 if rng.random() < 0.4 else 2
     kinds = random_kinds(rng, count, held_out)
     sizes = [pick(rng, SIZES) for _ in kinds]
-    radii = [rng.uniform(*SIZES[size]) for size in sizes]
     # A small thing has no room for a period of a texture: it is always plain.
     textures = [pick(rng, ("plain", "plain", "plain", "striped", "checked")) if size == "large" else "plain"
                 for size in sizes]
-    things = tuple(Thing(shape, colour, size, texture, round(float(x), 5), round(float(y), 5), round(float(radius), 5))
-                   for (colour, shape), size, texture, (x, y), radius
-                   in zip(kinds, sizes, textures, random_places(rng, radii), radii))
+    things = tuple(Thing(shape, colour, size, texture, x, y, SIZES[size]) for (colour, shape), size, texture, (x, y)
+                   in zip(kinds, sizes, textures, random_places(rng, count)))
     return Scene(pick(rng, BACKGROUNDS), things)
 
 
@@ -251,7 +243,7 @@ def prepare(out, size=32, count=20000, seed=0):
     """
     out = Path(os.path.abspath(out))
     check_arguments(out, size, count, seed)
-    record = {"dataset": "shapes", "version": 1, "size": size, "count": count, "seed": seed}
+    record = {"dataset": "shapes", "version": 2, "size": size, "count": count, "seed": seed}
     if recorded(out) == record:
         print(f"{out} already holds this data set (size {size}, count {count}, seed {seed})")
         return
