@@ -30,7 +30,9 @@ def main(folder, out):
     torch.manual_seed(0)
     model = LatentDiffusion(dataclasses.replace(TINY, scale_factor=0.5))
     model.tokenizer = Tokenizer.train(data.captions, TINY.text.vocab_size)
-    torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
+    for weight in model.unet.parameters():
+        if not weight.any():  # the last layers start at zero: no gradient would pass through them
+            torch.nn.init.normal_(weight, std=0.1)
     clip = CLIP(model.tokenizer, model.text_encoder, model.image_encoder)
     result = {"processes": accelerator.num_processes,
               "denoiser": gradient(train_denoiser(model, data, Stage(1, 8, 1e-3), accelerator=accelerator), model.unet),
