@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from conftest import ROOT, TINY
 
 from ldm_minimal import (CLIP, EMA, Gaussian, Stage, Trainee, encode_all, measure_scale_factor, train_autoencoder, train_clip,
-                         train_denoiser)
+                         ldm, train_denoiser)
 
 
 def first(data, count):
@@ -62,6 +62,26 @@ def test_denoiser_learns_eight_latents(tiny, data):
     curve = losses(train_denoiser(tiny, few, stage), "mse")
     assert 0.8 < sum(curve[:3]) / 3 < 1.2  # it starts by predicting no noise: E eps^2 = 1
     assert sum(curve[-20:]) / 20 < 0.5
+
+
+@pytest.mark.parametrize("clip", [None, 1e9, 1.0])
+def test_errors_weigh_the_clipped_signal_to_noise_ratio(tiny, data, clip, monkeypatch):
+    """With a U-Net that predicts no noise the error of a picture is the mean of its eps^2: the loss is known beforehand."""
+    tiny.config = dataclasses.replace(tiny.config, snr_clip=clip)
+    torch.nn.init.zeros_(tiny.unet.conv_out.weight)
+    torch.nn.init.zeros_(tiny.unet.conv_out.bias)
+    seen, step = [], Trainee.step
+    monkeypatch.setattr(Trainee, "step", lambda self, loss, n: seen.append(loss.item()) or step(self, loss, n))
+    _, losses = next(train_denoiser(tiny, data, Stage(1, 16, 1e-3), seed=3))
+    random = ldm._step_generator(3, 3, 0)
+    torch.randperm(len(data), generator=random)
+    t = torch.randint(tiny.schedule.T, (16,), generator=random)
+    torch.rand(16, generator=random)
+    error = torch.randn(2, 16, 4, 8, 8, generator=random)[1].square().mean(dim=(1, 2, 3))
+    ratio = tiny.schedule.alpha_bars[t] / (1 - tiny.schedule.alpha_bars[t])
+    weight = torch.minimum(ratio, torch.tensor(clip)) / ratio if clip else torch.ones(16)
+    assert seen[0] == pytest.approx((weight * error).mean().item(), rel=1e-5)
+    assert losses["mse"].item() == pytest.approx(error.mean().item(), rel=1e-5)
 
 
 def test_scale_factor_gives_unit_variance(tiny, data):
