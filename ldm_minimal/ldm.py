@@ -55,19 +55,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 __all__ = [
-    "NoiseSchedule",
-    "timestep_embedding", "ResBlock", "Attention", "TransformerBlock", "Downsample", "Upsample",
+    "NoiseSchedule", "timestep_embedding", "ResBlock", "Attention", "TransformerBlock", "Downsample", "Upsample",
     "AutoencoderConfig", "Gaussian", "AttentionBlock", "Autoencoder", "PatchDiscriminator", "PerceptualLoss", "VGGFeatures",
     "adaptive_weight", "autoencoder_loss", "discriminator_loss",
-    "CaptionedImages",
-    "Tokenizer", "TextConfig", "TextLayer", "TextEncoder", "ImageConfig", "ImageEncoder", "CLIP", "clip_loss",
-    "UNetConfig", "UNetBlock", "UNet",
-    "guided_eps",
-    "ddim_timesteps", "ddpm_sample", "ddim_sample", "ddim_invert",
-    "LatentDiffusion",
-    "Stage", "Trainee", "EMA", "train_clip", "train_autoencoder", "encode_all", "measure_scale_factor", "embed_all",
-    "train_denoiser",
-    "Config", "SHAPES", "SD1", "NAMED_SIZES",
+    "CaptionedImages", "Tokenizer", "TextConfig", "TextLayer", "TextEncoder", "ImageConfig", "ImageEncoder", "CLIP", "clip_loss",
+    "UNetConfig", "UNetBlock", "UNet", "guided_eps", "ddim_timesteps", "ddpm_sample", "ddim_sample", "ddim_invert",
+    "LatentDiffusion", "Stage", "Trainee", "EMA", "train_clip", "train_autoencoder", "encode_all", "measure_scale_factor", "embed_all",
+    "train_denoiser", "Config", "SHAPES", "SD1", "NAMED_SIZES",
 ]
 
 
@@ -604,8 +598,6 @@ class TextEncoder(nn.Module):
         self.position = nn.Embedding(config.length, config.width)
         self.layers = nn.Sequential(*[TextLayer(config.width, config.heads) for _ in range(config.layers)])
         self.norm = nn.LayerNorm(config.width)
-        for table in (self.token, self.position):
-            nn.init.normal_(table.weight, std=1.0)  # large: a tower this small would drown the words in what its layers add
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.norm(self.layers(self.token(tokens) + self.position.weight[:tokens.shape[1]]))
@@ -1039,16 +1031,20 @@ class Stage:
 
 
 class Trainee:
-    """A module with its AdamW, prepared by accelerate; `step(loss)` is one update, gradients clipped to norm 1."""
+    """A module with its AdamW, prepared by accelerate; `step(loss)` is one update, gradients clipped to norm 1.
 
-    def __init__(self, module: nn.Module, stage: Stage, accelerator: Accelerator):
+    slow: the part of the module that learns at a tenth of the rate."""
+
+    def __init__(self, module: nn.Module, stage: Stage, accelerator: Accelerator, slow: nn.Module | None = None):
         self.module, self.stage, self.accelerator = module.train().requires_grad_(True).to(accelerator.device), stage, accelerator
-        adamw = torch.optim.AdamW(module.parameters(), stage.learning_rate, betas=(0.9, 0.99), fused=True)
+        tenth = {*slow.parameters()} if slow else {}
+        groups = [{"params": [p for p in module.parameters() if (p in tenth) == (share < 1)], "share": share} for share in (1, 0.1)]
+        adamw = torch.optim.AdamW(groups, stage.learning_rate, betas=(0.9, 0.99), fused=True)
         self.net, self.optimizer = accelerator.prepare(module, adamw)
 
     def step(self, loss: Tensor, step: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.stage.rate(step)
+            group["lr"] = self.stage.rate(step) * group["share"]
         self.accelerator.backward(loss)
         self.accelerator.unscale_gradients(self.optimizer)
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
@@ -1093,9 +1089,13 @@ def _gather_with_gradient(features: Tensor, accelerator: Accelerator) -> Tensor:
 
 def train_clip(clip: CLIP, data: CaptionedImages, stage: Stage, *, seed: int = 0, accelerator: Accelerator | None = None,
                resume: Callable[[dict], int] = lambda parts: 0) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Stage 0: bring pictures and their captions together. Yields (step, {"clip": loss}); updates `clip` in place."""
+    """Stage 0: bring pictures and their captions together. Yields (step, {"clip": loss}); updates `clip` in place.
+
+    The text tower learns slowly: what does not help to tell a batch apart, such as which of two things is above, is soon
+    forgotten, and the U-Net will want it."""
     accelerator = accelerator or Accelerator()
-    trainee, tokens, mine = Trainee(clip, stage, accelerator), clip.tokenizer(data.captions), _my_share(accelerator, stage.batch, len(data))
+    trainee, tokens = Trainee(clip, stage, accelerator, slow=clip.text_encoder), clip.tokenizer(data.captions)
+    mine = _my_share(accelerator, stage.batch, len(data))
     for step in range(resume({"clip": clip, "optimizer": trainee.optimizer}), stage.steps):
         rows = torch.randperm(len(data), generator=_step_generator(seed, 0, step))[:stage.batch][mine]
         x, y = data.pictures(rows).to(accelerator.device), tokens[rows].to(accelerator.device)
@@ -1236,9 +1236,9 @@ SHAPES = Config(
     image=ImageConfig(width=16, mult=(1, 2, 4), groups=8),
     autoencoder=AutoencoderConfig(width=32, mult=(1, 2, 2), blocks=1, channels=4, groups=4),
     unet=UNetConfig(channels=4, width=64, mult=(1, 1), blocks=1, attention=(0, 1), heads=4, context_width=96, groups=4),
-    clip_stage=Stage(steps=500, batch=128, learning_rate=2e-3),
+    clip_stage=Stage(steps=400, batch=128, learning_rate=2e-3),
     autoencoder_stage=Stage(steps=1200, batch=32, learning_rate=1.5e-3),
-    denoiser_stage=Stage(steps=2000, batch=64, learning_rate=4e-3),
+    denoiser_stage=Stage(steps=2400, batch=64, learning_rate=4e-3),
     perceptual_weight=0.1, adversarial_weight=0.25, adversarial_start=600, snr_clip=1.0,
 )
 
