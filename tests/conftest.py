@@ -42,13 +42,17 @@ def data(folder):
     return CaptionedImages(folder / "train", 16)
 
 
-@pytest.fixture
-def tiny(data):
+def tiny_model(data):
     """An untrained model of size TINY with a tokenizer and a scale factor, all weights random."""
     torch.manual_seed(0)
     model = LatentDiffusion(dataclasses.replace(TINY, scale_factor=0.5))
     model.tokenizer = Tokenizer.train(data.captions, TINY.text.vocab_size)
     for weight in model.unet.parameters():
-        if not weight.any():  # the last layers start at zero: nothing would pass through them
+        if not weight.any():  # the last layers start at zero: nothing would pass through them, and no gradient
             torch.nn.init.normal_(weight, std=0.1)
     return model.eval()
+
+
+@pytest.fixture
+def tiny(data):
+    return tiny_model(data)

@@ -3,15 +3,14 @@
     python tests/gradients.py DATA OUT
 """
 
-import dataclasses
 import sys
 
 import torch
 from accelerate import Accelerator
-from conftest import TINY
+from conftest import tiny_model
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ldm_minimal import CLIP, CaptionedImages, LatentDiffusion, Stage, Tokenizer, train_clip, train_denoiser
+from ldm_minimal import CLIP, CaptionedImages, Stage, train_clip, train_denoiser
 
 
 def gradient(training, module):
@@ -27,12 +26,7 @@ def gradient(training, module):
 def main(folder, out):
     accelerator = Accelerator(cpu=True)
     data = CaptionedImages(folder + "/train", 16)
-    torch.manual_seed(0)
-    model = LatentDiffusion(dataclasses.replace(TINY, scale_factor=0.5))
-    model.tokenizer = Tokenizer.train(data.captions, TINY.text.vocab_size)
-    for weight in model.unet.parameters():
-        if not weight.any():  # the last layers start at zero: no gradient would pass through them
-            torch.nn.init.normal_(weight, std=0.1)
+    model = tiny_model(data)
     clip = CLIP(model.tokenizer, model.text_encoder, model.image_encoder)
     result = {"processes": accelerator.num_processes,
               "denoiser": gradient(train_denoiser(model, data, Stage(1, 8, 1e-3), accelerator=accelerator), model.unet),

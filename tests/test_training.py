@@ -42,6 +42,17 @@ def test_clip_tells_eight_pictures_apart(tiny, data):
     assert (images @ texts.T).argmax(dim=1).tolist() == list(range(8))
 
 
+def test_the_text_tower_learns_at_a_tenth_of_the_rate(tiny, data):
+    """Adam's first step moves a weight by the rate, whatever its gradient: the largest moves show both rates."""
+    clip = clip_of(tiny)
+    before = copy.deepcopy(clip)
+    next(train_clip(clip, data, Stage(1, 8, 1e-3, warmup=1)))
+    moved = lambda part: max((p - q).abs().max().item() for p, q in zip(  # noqa: E731
+        getattr(clip, part).parameters(), getattr(before, part).parameters()))
+    assert moved("image_encoder") == pytest.approx(1e-3, rel=0.05)
+    assert moved("text_encoder") == pytest.approx(1e-4, rel=0.05)
+
+
 def test_autoencoder_restores_eight_pictures(tiny, data):
     few = first(data, 8)
     x = few.pictures(slice(0, 8))
