@@ -195,15 +195,15 @@ class TransformerBlock(nn.Module):
         self.project_in = nn.Linear(width, width)
         self.norm_self, self.attend_self = nn.LayerNorm(width), Attention(width, heads=heads)
         self.norm_cross, self.attend_cross = nn.LayerNorm(width), Attention(width, context_width, heads)
-        self.norm_mlp, self.geglu, self.mlp_out = nn.LayerNorm(width), nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
-        self.project_out = nn.Linear(width, width)
+        self.norm_mlp, self.mlp_out, self.project_out = nn.LayerNorm(width), nn.Linear(4 * width, width), nn.Linear(width, width)
+        self.mlp_value, self.mlp_gate = nn.Linear(width, 4 * width), nn.Linear(width, 4 * width)  # two small products beat one large
 
     def forward(self, x: Tensor, context: Tensor | dict) -> Tensor:
         h = self.project_in(_rows(self.norm(x)))                                             # (B, H*W, C)
         h = h + self.attend_self(self.norm_self(h))
         h = h + self.attend_cross(self.norm_cross(h), context)
-        value, gate = self.geglu(self.norm_mlp(h)).chunk(2, dim=-1)
-        h = h + self.mlp_out(value * F.gelu(gate))
+        n = self.norm_mlp(h)
+        h = h + self.mlp_out(self.mlp_value(n) * F.gelu(self.mlp_gate(n)))
         return x + _grid(self.project_out(h), x.shape)                                       # (B, C, H, W)
 
 

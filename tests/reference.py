@@ -2,7 +2,8 @@
 
 `unet`, `autoencoder` and `text_encoder` build the model of `diffusers` or `transformers` that has our config. `put(ours, theirs)`
 gives it our weights; `translate` does the same to anything that is named like them, such as gradients. A network is described
-by one dict {our module: theirs}; two names for one module mean that it holds theirs one on top of the other.
+by one dict {our module: theirs}; two names for one module mean that it holds theirs one on top of the other, and one name for two
+modules that theirs holds both of ours, in our order.
 """
 
 import torch
@@ -15,7 +16,8 @@ from ldm_minimal import ldm
 RES = {"norm_in": "norm1", "conv_in": "conv1", "time": "time_emb_proj", "norm_out": "norm2", "conv_out": "conv2", "skip": "conv_shortcut"}
 ATTENTION = {"query": "to_q", "key_value": ("to_k", "to_v"), "out": "to_out.0"}
 TRANSFORMER_ENDS = {"norm": "norm", "project_in": "proj_in", "project_out": "proj_out"}
-TRANSFORMER_NORMS_AND_MLP = {"norm_self": "norm1", "norm_cross": "norm2", "norm_mlp": "norm3", "geglu": "ff.net.0.proj", "mlp_out": "ff.net.2"}
+TRANSFORMER_NORMS_AND_MLP = {"norm_self": "norm1", "norm_cross": "norm2", "norm_mlp": "norm3", "mlp_value": "ff.net.0.proj",
+                             "mlp_gate": "ff.net.0.proj", "mlp_out": "ff.net.2"}
 TEXT_LAYER = {"norm_attention": "layer_norm1", "norm_mlp": "layer_norm2", "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2",
               "attention.query": "self_attn.q_proj", "attention.key_value": ("self_attn.k_proj", "self_attn.v_proj"),
               "attention.out": "self_attn.out_proj"}
@@ -59,13 +61,13 @@ def put(ours: nn.Module, theirs: nn.Module) -> nn.Module:
 
 def translate(state: dict, ours: nn.Module, theirs: nn.Module) -> dict:
     """Tensors named as in `ours` -> the same tensors named, and shaped, as in `theirs`."""
-    names, like, result = NAMES[type(ours)](ours), theirs.state_dict(), {}
+    names, like, found = NAMES[type(ours)](ours), theirs.state_dict(), {}
     for name, tensor in state.items():
         module, kind = name.rsplit(".", 1)
         targets = names[module] if isinstance(names[module], tuple) else (names[module],)
         for target, part in zip(targets, tensor.chunk(len(targets))):
-            result[f"{target}.{kind}"] = part.reshape(like[f"{target}.{kind}"].shape)  # a linear layer as a 1x1 convolution
-    return result
+            found.setdefault(f"{target}.{kind}", []).append(part)
+    return {name: torch.cat(parts).reshape(like[name].shape) for name, parts in found.items()}  # a linear layer as a 1x1 convolution
 
 
 def under(ours: str, theirs: str, names: dict) -> dict:

@@ -310,6 +310,6 @@ def test_geglu_is_value_times_gelu_of_gate():
         torch.nn.init.zeros_(silent.bias)
     torch.nn.init.constant_(block.norm_mlp.bias, 0.5)  # so the input of the feed-forward is 0.5 everywhere
     x, context = torch.randn(1, 8, 2, 3, generator=seeded(1)).double(), torch.randn(1, 5, 4, generator=seeded(2)).double()
-    value, gate = block.geglu(torch.full((8,), 0.5).double()).split(32)
-    h = block.project_in(block.norm(x).permute(0, 2, 3, 1)) + block.mlp_out(value * F.gelu(gate))
+    n = torch.full((8,), 0.5).double()
+    h = block.project_in(block.norm(x).permute(0, 2, 3, 1)) + block.mlp_out(block.mlp_value(n) * F.gelu(block.mlp_gate(n)))
     torch.testing.assert_close(block(x, context), x + block.project_out(h).permute(0, 3, 1, 2))
