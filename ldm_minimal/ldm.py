@@ -1234,12 +1234,12 @@ SHAPES = Config(
     name="shapes", image_size=32,
     text=TextConfig(vocab_size=768, width=96, layers=2, heads=4),
     image=ImageConfig(width=16, mult=(1, 2, 4), groups=8),
-    autoencoder=AutoencoderConfig(width=32, mult=(1, 2, 2), blocks=1, channels=4, groups=4),
+    autoencoder=AutoencoderConfig(width=16, mult=(1, 2, 4), blocks=1, channels=4, groups=4),
     unet=UNetConfig(channels=4, width=64, mult=(1, 1), blocks=1, attention=(0, 1), heads=4, context_width=96, groups=4),
     clip_stage=Stage(steps=400, batch=128, learning_rate=2e-3),
-    autoencoder_stage=Stage(steps=1200, batch=32, learning_rate=1.5e-3),
+    autoencoder_stage=Stage(steps=3000, batch=16, learning_rate=1.5e-3),
     denoiser_stage=Stage(steps=2400, batch=64, learning_rate=4e-3),
-    perceptual_weight=0.1, adversarial_weight=0.25, adversarial_start=600, snr_clip=1.0,
+    perceptual_weight=0.1, adversarial_weight=0.25, adversarial_start=2000, snr_clip=1.0,
 )
 
 SD1 = Config(
