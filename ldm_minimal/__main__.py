@@ -106,12 +106,21 @@ def shapes_module(name: str):
     return importlib.import_module(name)
 
 
-def data_folder(data: str | None, count: int, size: int) -> pathlib.Path:
-    """The folder of the data set, drawn first if it is the default one, or a new one, and is not there yet."""
+def data_folder(data: str | None, size: int, count: int | None = None) -> pathlib.Path:
+    """The folder of the data set: a given one as it is, if it exists; else `count` shapes (20,000), drawn if they are not there."""
     folder = pathlib.Path(data) if data else REPOSITORY / "data" / "shapes" / str(size)
-    if not folder.exists():
-        print(f"drawing {count:,} captioned pictures into {folder}", file=sys.stderr)
-        shapes_module("prepare").prepare(folder, size, count, seed=0)
+    given = data is not None and folder.exists()
+    if given and count is None:
+        return folder
+    prepare = shapes_module("prepare")
+    found = prepare.recorded(folder) or {}
+    if folder.exists() and count not in (None, found.get("count")):
+        held = f"{found['count']:,} pictures" if found else "other data"
+        raise ValueError(f"--count is {count}, but {folder} holds {held}; leave --count out, or name a new folder with --data")
+    if not given:
+        if not found:
+            print(f"drawing captioned pictures into {folder}", file=sys.stderr)
+        prepare.prepare(folder, size, count or found.get("count", 20000), seed=0)  # nothing to do if they are there already
     return folder
 
 
@@ -280,7 +289,7 @@ def train(args: argparse.Namespace) -> None:
     out = pathlib.Path(args.out or f"runs/{args.size}")
     settings = {"seed": args.seed, "data": args.data, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
     with accelerator.main_process_first():
-        folder = data_folder(args.data, args.count, config.image_size)
+        folder = data_folder(args.data, config.image_size, args.count)
     data = read_split(folder, "train", config.image_size)
     check_batches(config, len(data), accelerator.num_processes)
     with accelerator.main_process_first():
@@ -513,7 +522,7 @@ def print_scores(scores: dict) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     model = load_part(args.model, "model", LatentDiffusion).to(best_device())
     judge = load_part(args.model, "judge", CLIP).to(model.device)
-    folder = data_folder(args.data, 20000, model.config.image_size)
+    folder = data_folder(args.data, model.config.image_size)
     scores = all_scores(model, judge, folder, args.guidance, args.captions, args.seed)
     print(json.dumps(scores, indent=2)) if args.json else print_scores(scores)
 
@@ -582,7 +591,7 @@ def parser() -> argparse.ArgumentParser:
     t = commands.add_parser("train", help="train the whole pipeline; the same command goes on with a run that was stopped")
     t.add_argument("--size", choices=sorted(NAMED_SIZES), default="shapes")
     t.add_argument("--data", help="an imagefolder with train/ and test/; the shapes are drawn there if it does not exist")
-    t.add_argument("--count", type=number(int, 20), default=20000, help="pictures to draw where data are made (default 20000)")
+    t.add_argument("--count", type=number(int, 20), help="pictures to draw where data are made (default 20000)")
     t.add_argument("--out", help="folder of the run (default runs/SIZE); may be a mounted drive")
     t.add_argument("--seed", **seed)
     t.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")

@@ -1111,8 +1111,8 @@ def train_autoencoder(model: LatentDiffusion, data: CaptionedImages, stage: Stag
                       resume: Callable[[dict], int] = lambda parts: 0) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Stage 1: squeeze and restore. Yields (step, parts of the loss); updates `model.autoencoder` in place.
 
-    perceptual: by default the features of the model's own picture tower. The discriminator (seed torch for its first
-    weights) joins at step `config.adversarial_start`; weights of all terms are the config's. Over several processes each
+    perceptual: by default the features of the model's own picture tower. The discriminator (two layers, 32 wide; seed torch for
+    its first weights) joins at step `config.adversarial_start`; weights of all terms are the config's. Over several processes each
     takes the adaptive weight of its own share, as CompVis does. Call `measure_scale_factor` afterwards.
     """
     accelerator, config = accelerator or Accelerator(), model.config

@@ -96,6 +96,8 @@ WRONG = {  # name: (arguments, how to spoil the world, a word that the message m
     "a size that is not trained": ([*TRAIN, "--size", "sd1"], None, "sd1"),
     "an unknown precision": ([*TRAIN, "--precision", "int3"], None, "int3"),
     "too few pictures": (["train", "--count", "5", "--out", "new"], None, "--count"),
+    "another count than is there": ([*TRAIN, "--count", "70"], None, "shapes holds 60 pictures"),
+    "a count of one's own pictures": ([*TRAIN, "--count", "60"], lambda h: (h / "shapes/dataset.json").unlink(), "holds other data"),
     "data without captions": (TRAIN, lambda h: spoil(h / "shapes/train/metadata.jsonl"), "metadata.jsonl"),
     "an empty list of captions": (TRAIN, lambda h: spoil(h / "shapes/train/metadata.jsonl", ""), "empty"),
     "a caption that is missing": (TRAIN, lambda h: first_line(h, text=None), "line 1 has no 'text'"),

@@ -237,7 +237,7 @@ def write(folder, record):
 
 
 def prepare(out, size=32, count=20000, seed=0):
-    """Writes the data set to the folder `out`; if the very same one is there already, does nothing.
+    """Writes the data set to the folder `out`; if the very same one is there already, does nothing. True if it wrote.
 
     Raises ValueError for a wrong argument and for an `out` that holds something else; OSError if it cannot write.
     """
@@ -245,8 +245,7 @@ def prepare(out, size=32, count=20000, seed=0):
     check_arguments(out, size, count, seed)
     record = {"dataset": "shapes", "version": 3, "size": size, "count": count, "seed": seed}
     if recorded(out) == record:
-        print(f"{out} already holds this data set (size {size}, count {count}, seed {seed})")
-        return
+        return False
     partial = out.with_name(out.name + ".partial")  # a killed run leaves only this, and the next run clears it
     for old in (partial, out):
         if old.exists():
@@ -254,6 +253,7 @@ def prepare(out, size=32, count=20000, seed=0):
             shutil.rmtree(partial)
     write(partial, record)
     os.replace(partial, out)
+    return True
 
 
 class Arguments(argparse.ArgumentParser):
@@ -270,7 +270,9 @@ def main():
     arguments.add_argument("--seed", type=int, default=0, help="same seed, same bytes (%(default)s)")
     arguments.add_argument("--out", required=True, help="folder to write")
     try:
-        prepare(**vars(arguments.parse_args()))
+        given = arguments.parse_args()
+        if not prepare(**vars(given)):
+            print(f"{given.out} already holds this data set")
     except ValueError as error:
         sys.exit(f"prepare.py: {error}")
     except OSError as error:
