@@ -16,7 +16,7 @@ LPIPS := lpips==0.1.4
 
 help:
 	@echo 'make train   train a text-to-image model on your machine, then draw "$(PROMPT)"'
-	@echo 'make test    run the tests'
+	@echo 'make test    run the tests, then every chapter'
 	@echo 'make lab     open the chapters in JupyterLab'
 	@echo 'make clean   remove .venv and caches (trained models in runs/ and data sets stay)'
 	@echo
@@ -34,6 +34,7 @@ train: .venv/installed
 
 test: .venv/installed
 	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 300 chapters
 
 lab: .venv/installed
 	$(RUN) -m jupyterlab --ServerApp.root_dir="$(or $(wildcard chapters),.)" $(ARGS)

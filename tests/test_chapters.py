@@ -1,0 +1,95 @@
+"""The form of the chapters, read from the notebooks as they are stored; nbval executes them (`make test`)."""
+
+import json
+import re
+import statistics
+import sys
+
+import pytest
+from conftest import ROOT
+
+CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
+SOLUTIONS = sorted((ROOT / "chapters" / "solutions").glob("[0-9][0-9]_*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", CHAPTERS + SOLUTIONS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def cells(path, kind=None):
+    return [c | {"source": "".join(c["source"])} for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+            if kind in (None, c["cell_type"])]
+
+
+def printed(cell):
+    return "".join("".join(o["text"]) for o in cell["outputs"] if o["output_type"] == "stream")
+
+
+def figure(cell):
+    return any("image/png" in o.get("data", {}) for o in cell.get("outputs", []))
+
+
+def exercises(path):
+    """The numbers of the checks that the notebook calls, in order."""
+    return re.findall(r'^check\("([^"]+)"', "\n".join(c["source"] for c in cells(path, "code")), re.M)
+
+
+@every_notebook
+def test_outputs_are_those_of_one_clean_run(path):
+    code = cells(path, "code")
+    assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
+    for c in code:
+        assert all(o["output_type"] != "error" for o in c["outputs"])
+        assert not any(o.get("name") == "stderr" for o in c["outputs"]), f"a warning or a progress bar is stored: {c['source'][:60]}"
+    assert path.stat().st_size <= 500_000
+
+
+@every_notebook
+def test_every_figure_is_described_in_words(path):
+    page = cells(path)
+    for cell, after in zip(page, [*page[1:], None]):
+        if figure(cell):
+            assert after and after["cell_type"] == "markdown" and after["source"].startswith("*In words:"), cell["source"][:80]
+
+
+@every_notebook
+def test_first_code_cell_finds_the_book(path):
+    setups = {cells(p, "code")[0]["source"] for p in CHAPTERS + SOLUTIONS}
+    assert len(setups) == 1, "the set-up cells differ"
+    assert "ADDRESS" in setups.pop()
+
+
+@every_chapter
+def test_a_chapter_has_the_form_of_one(path):
+    code, text = cells(path, "code"), "\n".join(c["source"] for c in cells(path, "markdown"))
+    lengths = [len(c["source"].splitlines()) for c in code[1:]]
+    assert max(lengths) <= 25 and statistics.median(lengths) <= 8, lengths
+    number = path.stem[:2].lstrip("0") or "0"
+    assert text.startswith(f"# {number} · ")
+    for part in ("**Predict.**", "atch it break", "## Exercises", "## What you take away", "Check the book", "<details><summary>"):
+        assert part in text, f"no {part!r}"
+    titles = [match for c in code for match in re.findall(r'title="([^"]+)"', c["source"])]
+    assert len(set(titles)) >= 4, "a figure's title states its finding"
+
+
+@every_chapter
+def test_exercises_are_checked_and_solved(path):
+    solution = path.parent / "solutions" / path.name
+    numbers = exercises(path)
+    assert 3 <= len({re.match(r"\d+\.\d+", n)[0] for n in numbers}) <= 5
+    assert exercises(solution) == numbers
+    lines = "".join(map(printed, cells(path, "code")))
+    assert re.findall(r"exercise (\S+): not attempted", lines) == numbers
+    lines = "".join(map(printed, cells(solution, "code")))
+    assert re.findall(r"exercise (\S+): correct", lines) == numbers
+
+
+@every_notebook
+def test_what_the_checks_say_is_compared_by_nbval(path):
+    for c in cells(path, "code"):
+        if re.search(r"^check\(", c["source"], re.M):
+            assert "nbval-check-output" in c["metadata"].get("tags", []), c["source"][:60]
+
+
+def test_every_check_belongs_to_a_chapter():
+    sys.path.insert(0, str(ROOT / "chapters"))
+    from checks import CHECKS
+    assert sorted(n for path in CHAPTERS for n in exercises(path)) == sorted(CHECKS)
