@@ -79,7 +79,7 @@ RELATIONS = {"left of": ("left of", "to the left of"), "right of": ("right of", 
 WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 HELD_OUT = (("purple", "circle"), ("orange", "square"), ("pink", "triangle"), ("cyan", "star"), ("blue", "heart"),
             ("green", "cross"))
-LINES = (0.25, 0.5, 0.75)  # things stand on a grid of 3 x 3 places; two of them at the ends of a row or column
+LINES = (0.25, 0.5, 0.75)  # a thing stands at one of 3 x 3 places; two at the ends of the middle row or column
 SUPERSAMPLE = 5  # points a pixel is averaged over, each way
 
 
@@ -99,11 +99,10 @@ def random_kinds(rng, count, held_out):
 
 
 def random_places(rng, count):
-    """Centres (x, y) on the grid of one thing, or of two: the first left of or above the second."""
-    line = pick(rng, LINES)
+    """Centres (x, y) on the grid of one thing, or of two: the first left of or above the second, on the middle line."""
     if count == 1:
-        return [(line, pick(rng, LINES))]
-    places = [(LINES[0], line), (LINES[-1], line)]
+        return [(pick(rng, LINES), pick(rng, LINES))]
+    places = [(LINES[0], LINES[1]), (LINES[2], LINES[1])]
     return places if rng.random() < 0.5 else [(x, y) for y, x in places]
 
 
@@ -243,7 +242,7 @@ def prepare(out, size=32, count=20000, seed=0):
     """
     out = Path(os.path.abspath(out))
     check_arguments(out, size, count, seed)
-    record = {"dataset": "shapes", "version": 3, "size": size, "count": count, "seed": seed}
+    record = {"dataset": "shapes", "version": 4, "size": size, "count": count, "seed": seed}
     if recorded(out) == record:
         return False
     partial = out.with_name(out.name + ".partial")  # a killed run leaves only this, and the next run clears it
