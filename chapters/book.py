@@ -7,6 +7,7 @@ with a line style of its own, so that a page printed in grey says as much.
 from __future__ import annotations
 
 import io
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import ipywidgets
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from cycler import cycler
+from PIL import Image
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -37,13 +40,13 @@ plt.rcParams.update({
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
-def show(pictures: Tensor | Sequence[Tensor], captions: Sequence[str] = (), *, columns: int = 8, title: str = "", rows: Sequence[str] = ()) -> None:
+def show(pictures: Tensor | Sequence[Tensor], captions: Sequence[str] = (), *, columns: int = 8, title: str = "", rows: Sequence[str] = (), side: float = 1.45) -> None:
     """Pictures in a grid, each with its caption under it. pictures: (N, 3, H, W) in [-1, 1], or a list of (3, H, W);
-    rows: a label to the left of each row."""
+    rows: a label to the left of each row; side: of a picture, in inches at most."""
     pictures = list(pictures)
     columns = min(columns, len(pictures))
     count = math.ceil(len(pictures) / columns)
-    side = min(1.45, 11 / columns)
+    side = min(side, 11 / columns)
     figure, axes = plt.subplots(count, columns, figsize=(columns * side + 0.9 * bool(rows), count * (side + 0.28 * bool(captions)) + 0.4 * bool(title)),
                                 squeeze=False)
     for i, axis in enumerate(axes.flat):
@@ -99,6 +102,56 @@ def slider(pictures: Sequence[Tensor], labels: Sequence[str], name: str, factor:
     return box
 
 
+def diagram() -> None:
+    """The two stages of latent diffusion, and drawing, as boxes and arrows."""
+    figure, axis = plt.subplots(figsize=(10, 4.2))
+    axis.set(xlim=(0, 100), ylim=(0, 42))
+    axis.axis("off")
+
+    def box(x: float, y: float, text: str, colour: str) -> None:
+        axis.text(x, y, text, ha="center", va="center", fontsize=10, bbox={"boxstyle": "round,pad=0.55", "facecolor": colour, "edgecolor": BLACK, "linewidth": 1})
+
+    def arrow(start: tuple, end: tuple) -> None:
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": BLACK, "linewidth": 1.2})
+
+    part, plain = "#cfe6f5", "#f4f4f4"
+    for y, name in ((36, "stage 1: squeeze"), (22, "stage 2: learn to\ntake noise out"), (7, "drawing")):
+        axis.text(0, y, name, va="center", fontsize=11, fontweight="bold")
+    for x, text, colour in ((27, "picture x", plain), (44, "encoder E", part), (60, "latent z", plain), (76, "decoder D", part), (93, "picture", plain)):
+        box(x, 36, text, colour)
+    for x, text, colour in ((27, "latent z", plain), (47, "z_t = z with noise", plain), (68, "U-Net", part), (88, "guess of the noise", plain)):
+        box(x, 22, text, colour)
+    for x, text, colour in ((27, "pure noise", plain), (47, "U-Net,\nfifty times", part), (64, "latent z", plain), (79, "D, once", part), (93, "picture", plain)):
+        box(x, 7, text, colour)
+    for y, stops in ((36, ((32, 38), (50, 55), (65, 70), (82, 88.5))), (22, ((31.5, 38.5), (55.5, 64.5), (71.5, 79))), (7, ((32, 41.5), (52.5, 59.5), (68.5, 74.5), (83.5, 88.5)))):
+        for start, end in stops:
+            arrow((start, y), (end, y))
+    box(68, 14.5, "time t, caption y", plain)
+    arrow((68, 16.4), (68, 19.8))
+    arrow((61, 13.4), (50, 9.6))
+    plt.show()
+
+
+def studio(model: LatentDiffusion) -> ipywidgets.Widget:
+    """A text box, guidance, steps and seed, and a button that draws."""
+    text = ipywidgets.Text("a small cyan heart below a large orange circle", description="prompt", layout={"width": "520px"})
+    guidance = ipywidgets.FloatSlider(5.0, min=0.0, max=12.0, step=0.5, description="guidance")
+    steps = ipywidgets.IntSlider(50, min=1, max=100, description="steps")
+    seed = ipywidgets.IntText(0, description="seed", layout={"width": "180px"})
+    button, image, says = ipywidgets.Button(description="draw", button_style="primary"), ipywidgets.Image(format="png"), ipywidgets.Label()
+
+    def draw(_=None) -> None:
+        if not text.value.strip():
+            says.value = "type a sentence first"
+            return
+        generator = torch.Generator().manual_seed(abs(seed.value))
+        image.value = png(model.generate([text.value], steps=steps.value, guidance=guidance.value, generator=generator)[0], 8)
+        says.value = text.value
+    button.on_click(draw)
+    draw()
+    return ipywidgets.VBox([text, ipywidgets.HBox([guidance, steps]), ipywidgets.HBox([seed, button]), image, says])
+
+
 # ---- data and models -------------------------------------------------------------------------------------------------
 
 def load_data(split: str = "train") -> CaptionedImages:
@@ -114,6 +167,19 @@ def load_model() -> LatentDiffusion:
 def load_judge() -> CLIP:
     """A second CLIP, of another seed, that no training ever used: it only judges."""
     return CLIP.load(SHIPPED / "judge")
+
+
+def result(name: str) -> dict:
+    """What `python chapters/runs.py NN` made: the numbers of runs/NN/NAME.json, and "pictures", (N, 3, 32, 32), where there are."""
+    path = HERE / "runs" / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; python chapters/runs.py {name[:2]} makes it")
+    numbers = json.loads(path.read_text(encoding="utf-8"))
+    if path.with_suffix(".png").is_file():
+        with Image.open(path.with_suffix(".png")) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)      # (3, H, N * H)
+        numbers["pictures"] = torch.stack(pixels.split(pixels.shape[1], dim=2)) / 127.5 - 1
+    return numbers
 
 
 # ---- exercises -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,13 @@ def repaired(alpha_bars):
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
+def drawn(model, prompt, z, guidance=5.0, batch=False):
+    *_, (_, z, _) = model.denoise([prompt], guidance=guidance, z=z)
+    return model.decode(z) if batch else model.decode(z)[0]
+
+
 RIGHT = {
+    "0.1": [12, 12.0], "0.2a": [60], "0.2b": [30], "0.3": [drawn],
     "1.1": [lambda b: 10 * (kept(b) / (1 - kept(b))).log10(), lambda b: 10 * (kept(b).log10() - (1 - kept(b)).log10()),
             lambda b: [10 * torch.log10(a / (1 - a)).item() for a in kept(b)]],
     "1.2a": [0.3642, 0.36, end_of_line(0.02, 100)],
@@ -28,16 +34,32 @@ RIGHT = {
     "1.3": [repaired],
     "1.4": [lambda s, t: ((t / s) ** 0.5, (1 - t / s) ** 0.5), lambda s, t: [(t / s).sqrt(), (1 - t - t / s * (1 - s)).sqrt()]],
 }
+RIGHT |= {
+    "2.1": [lambda s, a: (1 - a) ** 0.5 / (a * s**2 + 1 - a)],
+    "2.2": [lambda x, v, a: (1 - a).sqrt() * x + a.sqrt() * v],
+    "2.3": [lambda a: a / (1 - a), lambda a: 1 / (1 / a - 1)],
+    "2.4": [lambda b: torch.cat([b[:1] * 0, (b[1:] * (1 - kept(b)[:-1]) / (1 - kept(b)[1:])).sqrt()])],
+}
 WRONG = {  # number: (answer, a word of the reply)
+    "0.1": [(48, "count both"), (64, "positions")], "0.2a": [(30, "twice"), (100, "twice")], "0.2b": [(60, "once"), (1, "once")],
+    "0.3": [(lambda m, p, z: drawn(m, p, z, 7.5), "7.5"), (lambda m, p, z: drawn(m, p, torch.zeros_like(z)), "start from z"),
+            (lambda m, p, z: drawn(m, p, z, batch=True), "batch of one"), (lambda m, p, z: z[0], "shape")],
     "1.1": [(lambda b: (kept(b) / (1 - kept(b))).log10(), "bels"), (lambda b: 20 * (kept(b) / (1 - kept(b))).log10(), "20 log10"),
             (lambda b: 10 * ((1 - b) / b).log10(), "one step"), (lambda b: 10 * (kept(b) / (1 - kept(b))).log(), "base 10"),
-            (lambda b: kept(b), "others"), (lambda b: None, "raised")],
-    "1.2a": [(0.6, "square root"), (0.5, "product"), (4e-5, "product")],
+            (lambda b: 10 * ((1 - kept(b)) / kept(b)).log10(), "turn the ratio"), (lambda b: kept(b), "others"), (lambda b: None, "raised")],
+    "1.2a": [(0.6, "square root"), (36.4, "per cent"), (0.5, "product"), (4e-5, "product")],
     "1.2b": [(0.2, "is left"), (0.02, "is left"), (0.15, "is left")],
     "1.3": [(lambda a: a - a[-1], "first"), (lambda a: (a - a[-1]) * a[0] / (a[0] - a[-1]), "square roots"), (lambda a: a, "must be 0"),
-            (lambda a: a[:-1], "shape"), (lambda a: a.sqrt() - a[-1].sqrt(), "first")],
+            (lambda a: a[:-1], "shape"), (lambda a: a.sqrt() - a[-1].sqrt(), "first"), (lambda a: repaired(a).sqrt(), "square them")],
     "1.4": [(lambda s, t: (t / s, (1 - t / s) ** 0.5), "a is not"), (lambda s, t: ((t / s) ** 0.5, (1 - t) ** 0.5), "b is not"),
-            (lambda s, t: ((t / s) ** 0.5, (s - t) ** 0.5), "b is not")],
+            (lambda s, t: ((t / s) ** 0.5, (s - t) ** 0.5), "b is not"), (lambda s, t: ((t / s) ** 0.5, 1 - t / s), "its root")],
+}
+WRONG |= {
+    "2.1": [(lambda s, a: (1 - a) / (a * s**2 + 1 - a), "not its square"), (lambda s, a: (1 - a) ** 0.5, "variance"), (lambda s, a: 1 / (1 - a) ** 0.5, "variance")],
+    "2.2": [(lambda x, v, a: a.sqrt() * x - (1 - a).sqrt() * v, "clean picture"), (lambda x, v, a: v, "two equations")],
+    "2.3": [(lambda a: (1 - a) / a, "turned over"), (lambda a: (a / (1 - a)) ** 0.5, "its square"), (lambda a: 1 / (1 - a), "subtract")],
+    "2.4": [(lambda b: b.sqrt(), "must be 0"), (lambda b: RIGHT["2.4"][0](b) ** 2, "take the root"), (lambda b: b[1:], "shape"),
+            (lambda b: torch.cat([b[:1] * 0, b[1:].sqrt()]), "forwards"), (lambda b: torch.cat([b[:1] * 0, b[1:]]), "the step before")],
 }
 
 
