@@ -169,8 +169,8 @@ def phrase(thing, rng):
 
 
 def describe(scene, rng):
-    """A caption of the scene, lower case. The left or upper thing comes first in 90%; half state the background."""
-    things = scene.things if rng.random() < 0.9 else scene.things[::-1]
+    """A caption of the scene, lower case. The left or upper thing comes first in 96%; half state the background."""
+    things = scene.things if rng.random() < 0.96 else scene.things[::-1]
     caption, comma = phrase(things[0], rng), ""
     if len(things) == 2:
         verb, comma = (" is", ",") if rng.random() < 0.2 else ("", "")
@@ -242,7 +242,7 @@ def prepare(out, size=32, count=20000, seed=0):
     """
     out = Path(os.path.abspath(out))
     check_arguments(out, size, count, seed)
-    record = {"dataset": "shapes", "version": 4, "size": size, "count": count, "seed": seed}
+    record = {"dataset": "shapes", "version": 5, "size": size, "count": count, "seed": seed}
     if recorded(out) == record:
         return False
     partial = out.with_name(out.name + ".partial")  # a killed run leaves only this, and the next run clears it
