@@ -6,7 +6,13 @@ import statistics
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "chapters"))
+import book  # noqa: E402
+import runs  # noqa: E402
+from checks import CHECKS  # noqa: E402
 
 CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
 SOLUTIONS = sorted((ROOT / "chapters" / "solutions").glob("[0-9][0-9]_*.ipynb"))
@@ -89,7 +95,23 @@ def test_what_the_checks_say_is_compared_by_nbval(path):
             assert "nbval-check-output" in c["metadata"].get("tags", []), c["source"][:60]
 
 
+def test_every_result_has_its_recipe():
+    assert not runs.check()
+    for path in (ROOT / "chapters" / "runs").rglob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert {"command", "seed", "machine", "torch", "minutes"} <= set(record)
+        assert record["command"] == f"python chapters/runs.py {path.parent.name}"
+
+
+def test_a_slider_moves_its_picture():
+    box = book.slider(torch.rand(3, 3, 8, 8) * 2 - 1, ["a", "b", "c"], "step")
+    handle, label = box.children[0].children
+    seen = {box.children[1].value}
+    for place in (1, 2):
+        handle.value = place
+        seen.add(box.children[1].value)
+    assert len(seen) == 3 and label.value == "c"
+
+
 def test_every_check_belongs_to_a_chapter():
-    sys.path.insert(0, str(ROOT / "chapters"))
-    from checks import CHECKS
     assert sorted(n for path in CHAPTERS for n in exercises(path)) == sorted(CHECKS)

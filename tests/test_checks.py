@@ -20,13 +20,7 @@ def repaired(alpha_bars):
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-def drawn(model, prompt, z, guidance=5.0, batch=False):
-    *_, (_, z, _) = model.denoise([prompt], guidance=guidance, z=z)
-    return model.decode(z) if batch else model.decode(z)[0]
-
-
 RIGHT = {
-    "0.1": [12, 12.0], "0.2a": [60], "0.2b": [30], "0.3": [drawn],
     "1.1": [lambda b: 10 * (kept(b) / (1 - kept(b))).log10(), lambda b: 10 * (kept(b).log10() - (1 - kept(b)).log10()),
             lambda b: [10 * torch.log10(a / (1 - a)).item() for a in kept(b)]],
     "1.2a": [0.3642, 0.36, end_of_line(0.02, 100)],
@@ -41,9 +35,6 @@ RIGHT |= {
     "2.4": [lambda b: torch.cat([b[:1] * 0, (b[1:] * (1 - kept(b)[:-1]) / (1 - kept(b)[1:])).sqrt()])],
 }
 WRONG = {  # number: (answer, a word of the reply)
-    "0.1": [(48, "count both"), (64, "positions")], "0.2a": [(30, "twice"), (100, "twice")], "0.2b": [(60, "once"), (1, "once")],
-    "0.3": [(lambda m, p, z: drawn(m, p, z, 7.5), "7.5"), (lambda m, p, z: drawn(m, p, torch.zeros_like(z)), "start from z"),
-            (lambda m, p, z: drawn(m, p, z, batch=True), "batch of one"), (lambda m, p, z: z[0], "shape")],
     "1.1": [(lambda b: (kept(b) / (1 - kept(b))).log10(), "bels"), (lambda b: 20 * (kept(b) / (1 - kept(b))).log10(), "20 log10"),
             (lambda b: 10 * ((1 - b) / b).log10(), "one step"), (lambda b: 10 * (kept(b) / (1 - kept(b))).log(), "base 10"),
             (lambda b: 10 * ((1 - kept(b)) / kept(b)).log10(), "turn the ratio"), (lambda b: kept(b), "others"), (lambda b: None, "raised")],
