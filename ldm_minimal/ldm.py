@@ -526,15 +526,15 @@ class Tokenizer:
     def train(cls, captions: list[str], vocab_size: int, length: int = 77) -> Tokenizer:
         """Merge the most frequent neighbours in `captions` until the vocabulary is full, or every word is one token."""
         alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        room = vocab_size - 2 * len(alphabet) - 2
-        if room < 0:
+        if (room := vocab_size - 2 * len(alphabet) - 2) < 0:
             raise ValueError(f"vocab_size is {vocab_size}; bytes and marks alone take {2 * len(alphabet) + 2}")
         engine = cls.build(tokenizers.models.BPE(end_of_word_suffix="</w>"))
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix="</w>",
-                                                 show_progress=False)
+        ends = [a + "</w>" for a in alphabet]  # named beforehand: else they are numbered by a random hash, which then settles ties
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=ends,
+                                                 end_of_word_suffix="</w>", show_progress=False)
         engine.train_from_iterator(captions, trainer)
         merges = [tuple(pair) for pair in json.loads(engine.to_str())["model"]["merges"]][:room]
-        names = alphabet + [a + "</w>" for a in alphabet] + ["".join(pair) for pair in merges] + [cls.START, cls.END]
+        names = alphabet + ends + ["".join(pair) for pair in merges] + [cls.START, cls.END]
         return cls({name: i for i, name in enumerate(dict.fromkeys(names))}, merges, length)
 
     def pieces(self, caption: str) -> list[str]:
