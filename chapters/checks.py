@@ -156,3 +156,161 @@ def sigmas(answer):
     if not far(got[1:], right**2):
         return "these are the variances; take the root"
     return "those are sqrt(beta_t), the noise of a step forwards" if not far(got[1:], betas[1:].sqrt()) else "sigma_t^2 = beta_t (1 - alpha_bar of the step before) / (1 - alpha_bar_t)"
+
+
+# ---- chapter 3: a VAE with a perceptual loss -------------------------------------------------------------------------
+
+@exercise("3.1")
+def film(answer):
+    if not far(answer, 48, 1e-3):
+        return None
+    if not far(answer, 256, 1e-3):
+        return "those are the positions; a pixel has 3 numbers, a position of this latent 16"
+    return "turned over: the film has more numbers than its latent" if not far(answer, 1 / 48, 1e-3) else "count both: 16 x 256 x 256 x 3 numbers, and how many positions with 16?"
+
+
+@exercise("3.2")
+def best_guess(answer):
+    values = torch.tensor([0.1, 0.2, 0.4, 0.9, 5.0])
+    for power, right in ((2, 1.32), (1, 0.4)):
+        got = answer(values.clone(), power)
+        if far(got, right, 1e-2):
+            return f"for power {power} another guess costs less; try some, and look which value wins"
+    return None
+
+
+@exercise("3.3")
+def kl_of_two(answer):
+    for values in ((0.3, 0.5, 0.0, 1.0), (1.0, 2.0, -0.5, 0.7), (0.2, 0.4, 0.9, 1.5)):
+        m1, s1, m2, s2 = torch.tensor(values, dtype=torch.float64)
+        right, other = ((s_2 / s_1).log() + (s_1**2 + (m1 - m2) ** 2) / (2 * s_2**2) - 0.5 for s_1, s_2 in ((s1, s2), (s2, s1)))
+        got = answer(*values)
+        if far(got, right):
+            if not far(got, other):
+                return "that is the KL the other way round; it is not symmetric"
+            if not far(got, right / torch.log(torch.tensor(2.0))):
+                return "that is in bits; a nat is the unit of the natural logarithm"
+            return f"for {values} the numbers differ; start from the mean, over the first Gaussian, of log p_1 - log p_2"
+    return None
+
+
+@exercise("3.4")
+def weigh(answer):
+    w = torch.tensor([3.0, 4.0], requires_grad=True)
+    steep, flat = (w**2).sum(), 0.01 * w.sum()                          # gradients of length 10 and 0.0141
+    right = 10 / (0.01 * 2**0.5 + 1e-4)
+    got = answer(steep, flat, w)
+    if not far(got, (0.01 * 2**0.5) / (10 + 1e-4), 1e-3):
+        return "turned over: the adversary must pull as hard as the reconstruction, so the reconstruction's gradient stands above"
+    if not far(got, 10 / (0.01 * 2**0.5), 1e-3):
+        return "delta = 1e-4 is missing below"
+    if far(got, right, 1e-3):
+        return "another number; divide the two lengths (norms) of the gradients at last_weight"
+    if isinstance(got, torch.Tensor) and got.requires_grad:
+        return "a gradient still flows through it; detach it"
+    tiny = answer((1e6 * w).sum(), 0 * w.sum(), w)
+    return None if not far(tiny, 1e4, 1e-3) else "where the adversary does not pull at all the weight must stop at 1e4"
+
+
+# ---- chapter 4: latent rescaling -------------------------------------------------------------------------------------
+
+@exercise("4.1")
+def seen_width(answer):
+    if not far(answer, 6.76, 1e-3):
+        return None
+    return "that is what they meant to get; they multiply by 2.6 latents that are 2.6 wide already" if not far(answer, 1.0, 1e-3) else "a standard deviation of 2.6, and every number times 2.6"
+
+
+@exercise("4.2")
+def new_alpha_bar(answer):
+    for a, s in ((0.9, 5.49), (0.3, 0.18), (0.5, 2.0)):
+        got = torch.as_tensor(answer(torch.tensor(a, dtype=torch.float64), s))
+        if not far(got, a / (a + (1 - a) / s**2)):
+            return "turned over: the new schedule must drown a wide latent faster, not slower"
+        if not far(got, a / (a + s * (1 - a))):
+            return "the SNR has s squared: it is a ratio of variances"
+        if far(got, a / (a + s**2 * (1 - a))):
+            return f"for alpha_bar = {a} and s = {s}: s^2 a' / (1 - a') must be a / (1 - a); solve it for a'"
+    return None
+
+
+@exercise("4.3")
+def whiten(answer):
+    random = torch.Generator().manual_seed(3)
+    z = torch.randn(50, 4, 8, 8, generator=random) * torch.tensor([0.5, 1.0, 2.0, 4.0])[:, None, None] + torch.tensor([1.0, 0.0, -1.0, 3.0])[:, None, None]
+    got = answer(z.clone())
+    if tuple(got.shape) != tuple(z.shape):
+        return f"the shape is {tuple(got.shape)}; it must stay {tuple(z.shape)}"
+    if not far(got, (z - z.mean()) / z.std(), 1e-2):
+        return "that is one mean and one spread for all; take each channel's own"
+    if got.mean(dim=(0, 2, 3)).abs().max() > 0.01:
+        return "a channel's mean is not 0"
+    if (got.std(dim=(0, 2, 3)) - 1).abs().max() > 0.01:
+        return "a channel's standard deviation is not 1"
+    if far(got, (z - z.mean(dim=(0, 2, 3), keepdim=True)) / z.std(dim=(0, 2, 3), keepdim=True), 1e-2):
+        return "mean and spread are right over all, but pictures or places were treated differently; every number of a channel is shifted and scaled alike"
+    return None
+
+
+@exercise("4.4")
+def least_loss(answer):
+    for a, s in ((0.9, 5.49), (0.3, 0.18), (0.5, 2.0)):
+        got, right = float(answer(a, s)), a * s**2 / (a * s**2 + 1 - a)
+        if not far(got, 1 - right):
+            return "that is the part that the best guess explains; the loss is what remains of a variance of 1"
+        if not far(got, a * s / (a * s + 1 - a)):
+            return "the variance of s times something has s squared"
+        if far(got, right):
+            return f"for alpha_bar = {a} and s = {s} it is another number; 1 - Cov(eps, z_t)^2 / Var(z_t)"
+    return None
+
+
+# ---- chapter 8: the full pipeline ------------------------------------------------------------------------------------
+
+@exercise("8.1")
+def steps_needed(answer):
+    if 2301 <= float(answer) <= 2303:
+        return None
+    return "that is where it has forgotten a share of 1/e of its start; 0.9 takes longer" if 990 < float(answer) < 1010 else "after n steps the average is 1 - 0.999^n"
+
+
+@exercise("8.2")
+def ema_step(answer):
+    old, new = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0])
+    for step, decay in ((0, 0.999), (5, 0.999), (100_000, 0.99), (40, 0.6)):
+        d = min(decay, (1 + step) / (10 + step))
+        got = answer(old.clone(), new.clone(), step, decay)
+        if not far(got, (1 - d) * old + d * new):
+            return "turned over: the decay is the share of the old average that stays"
+        if far(got, d * old + (1 - d) * new):
+            if not far(got, decay * old + (1 - decay) * new):
+                return "without the warm-up: early on, the decay must be smaller"
+            return f"at step {step} with decay {decay} it is another average; decay is the smaller of the two"
+    return None
+
+
+@exercise("8.3")
+def prompt_accuracy(answer):
+    grades = [{"colour 1": True, "shape 1": True}, {"colour 1": True, "shape 1": False, "relation": True}, {"colour 1": True}, {"shape 1": True, "size 1": True}]
+    got = float(answer([dict(g) for g in grades]))
+    if not far(got, 0.75):
+        return None
+    if not far(got, 7 / 8):
+        return "that is the share of attributes; a picture counts only if all of its attributes hold"
+    return "that is in per cent; give a number between 0 and 1" if not far(got, 75.0) else "here three pictures of four are entirely right"
+
+
+@exercise("8.4")
+def nearest(answer):
+    random = torch.Generator().manual_seed(2)
+    training = torch.rand(40, 3, 8, 8, generator=random) * 2 - 1
+    wanted = torch.tensor([31, 4, 17])
+    drawn = training[wanted] + 0.3 * torch.randn(3, 3, 8, 8, generator=random)
+    training[7] *= 0.01                                                 # small, so nearest to 0 and the largest product with nobody
+    training[22] = 3 * training[31]                                     # the same direction as the first, and far away
+    got = torch.as_tensor(answer(drawn.clone(), training.clone()))
+    if tuple(got.shape) != (3,):
+        return f"the shape is {tuple(got.shape)}; one row number for each drawn picture is (3,)"
+    if not far(got, wanted):
+        return None
+    return "those are the farthest, not the nearest" if not far(got, torch.cdist(drawn.flatten(1), training.flatten(1)).argmax(dim=1)) else "others are nearer; sum the squared differences over all 3 x H x W numbers"

@@ -15,6 +15,8 @@ import platform
 import re
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 import book
+from oracle import grade
 
 HERE = Path(__file__).resolve().parent
 RECIPES = {}
@@ -112,6 +115,173 @@ def pixels():
     smooth = torch.tensor(losses).view(-1, 50).mean(dim=1).tolist()
     return {"steps": steps, "batch": batch, "losses_of_50_steps": [round(v, 4) for v in smooth], "loss_by_t": [round(v, 5) for v in by_time(unet)],
             "loss_by_t_short": [round(v, 5) for v in by_time(short)]}, drawn.clamp(-1, 1)
+
+def legible(x: Tensor, captions: list[str]) -> float:
+    """The share of pictures in which the oracle finds every attribute that their captions state."""
+    pictures = ((x.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
+    return round(sum(all(grade(picture, caption).values()) for picture, caption in zip(pictures, captions)) / len(captions), 4)
+
+# ---- chapter 3 ----
+
+def restored_scores(net, code, x, captions) -> tuple[dict, Tensor]:
+    """How well an autoencoder restores x: PSNR, the judge's seen difference, the share that the oracle still reads; and x_hat."""
+    from ldm_minimal import PerceptualLoss
+    with torch.no_grad():
+        x_hat, posterior = net(x)
+        seen = PerceptualLoss(book.load_judge().image_encoder.features)(x, x_hat).mean().item()
+    return {"psnr": round(code["psnr"](x, x_hat), 2), "seen": round(seen, 4), "legible": legible(x_hat, captions),
+            "kl": round(posterior.kl().mean().item(), 1), "mean_std": round(posterior.mean.std().item(), 4),
+            "channel_std": [round(v, 4) for v in posterior.mean.std(dim=(0, 2, 3)).tolist()],
+            "cloud_std": round((0.5 * posterior.logvar).exp().square().mean().sqrt().item(), 5)}, x_hat.clamp(-1, 1)
+
+
+def drawing(data):
+    """A function that draws a batch of the data, from torch's own random numbers."""
+    return lambda count: data.pictures(torch.randint(len(data), (count,)))
+
+
+@recipe("03/losses")
+def losses(steps: int = 1200, every: int = 20):
+    """Chapter 3's loss, term by term: six autoencoders of equal steps; curves of their parts, scores, six restored pictures each."""
+    from ldm_minimal import SHAPES, Autoencoder, PatchDiscriminator, PerceptualLoss, autoencoder_loss
+    code, data, test = chapter_code("03"), book.load_data("train"), book.load_data("test")
+    x, seen = test.pictures(slice(0, 256)), PerceptualLoss(book.load_model().image_encoder.requires_grad_(False).features)
+
+    def objective(kl_weight=0.0, perceptual=None):
+        return partial(autoencoder_loss, perceptual=perceptual, kl_weight=kl_weight, perceptual_weight=SHAPES.perceptual_weight,
+                       adversarial_weight=SHAPES.adversarial_weight)
+    squares = lambda x, x_hat, posterior, adversary: ((x - x_hat).square().sum(dim=(1, 2, 3)).mean(), {"l1": (x - x_hat).abs().mean()})  # noqa: E731
+    whole = objective(1e-6, seen)
+    variants = {"$L_2$": (squares, False, None), "$L_1$": (objective(), False, None), "+ KL": (objective(1e-6), True, None),
+                "+ perceptual": (whole, True, None), "+ adversarial": (whole, True, steps // 2), "adversarial from step 0": (whole, True, 0)}
+    found, tiles = {}, [x[:6]]
+    for name, (loss, cloud, start) in variants.items():
+        torch.manual_seed(0)
+        net = Autoencoder(SHAPES.autoencoder)
+        critic = None if start is None else PatchDiscriminator(32, 2)
+        if critic:  # the adversary's gradient is compared at the decoder's last weights
+            loss = partial(loss, last_weight=net.decoder[-1].weight)
+        parts = list(code["train"](net, drawing(data), steps, loss, critic, start or 0, cloud))
+        curves = {key: [mean_of([p[key] for p in parts[i:i + every] if key in p]) for i in range(0, steps, every)] for key in parts[-1]}
+        scores, x_hat = restored_scores(net.eval(), code, x, test.captions[:256])
+        found[name] = scores | {"curves": curves}
+        tiles.append(x_hat[:6])
+        print(name, scores)
+    return {"steps": steps, "at": list(range(every // 2, steps, every)), "variants": found}, torch.cat(tiles)
+
+
+def mean_of(values: list[float]) -> float | None:
+    return float(f"{sum(values) / len(values):.4g}") if values else None
+
+
+@recipe("03/kl")
+def kl_sweep(steps: int = 800, weights=(1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)):
+    """The same autoencoder, L1 and KL only, with the KL's weight from a millionth up; five restored pictures and five from noise each."""
+    from ldm_minimal import SHAPES, Autoencoder, autoencoder_loss
+    code, data, test = chapter_code("03"), book.load_data("train"), book.load_data("test")
+    x, noise, found, tiles = test.pictures(slice(0, 256)), torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0)), {}, []
+    for weight in weights:
+        torch.manual_seed(0)
+        net = Autoencoder(SHAPES.autoencoder)
+        for _ in code["train"](net, drawing(data), steps, partial(autoencoder_loss, kl_weight=weight)):
+            pass
+        scores, x_hat = restored_scores(net.eval(), code, x, test.captions[:256])
+        found[f"{weight:g}"] = scores
+        with torch.no_grad():
+            tiles += [x_hat[:5], net.decode(noise).clamp(-1, 1)]
+        print(weight, scores)
+    return {"steps": steps, "weights": list(weights), "variants": found}, torch.cat(tiles)
+
+# ---- chapter 4 ----
+
+@recipe("04/scaled")
+def scaled(steps: int = 1000, widths=(1.0, 5.49, 0.18), captions: int = 128):
+    """U-Nets of equal steps on latents of three widths: errors by t, prompt accuracy, and what each draws for eight prompts."""
+    from ldm_minimal import Stage, UNet, train_denoiser
+    from ldm_minimal.__main__ import draw_captions
+    model, data, test = book.load_model(), book.load_data("train"), book.load_data("test")
+    measured, x, times = model.scale_factor, test.pictures(slice(0, 128)), list(range(0, 1000, 50)) + [999]
+    stage = replace(model.config.denoiser_stage, steps=steps)
+    prompts = ["a red circle", "a large blue square", "a small green star", "a yellow heart", "a pink cross above a blue circle", "a red star left of a green square",
+               "a cyan triangle above a purple heart", "an orange circle left of a blue cross"]
+    found, tiles = {}, []
+    for width in widths:
+        torch.manual_seed(0)
+        model.unet, model.config = UNet(model.config.unet), replace(model.config, scale_factor=width * measured)
+        for _ in train_denoiser(model, data, stage, seed=0):
+            pass
+        noise, eps_by_t, z0_by_t = torch.Generator().manual_seed(1), [], []
+        with torch.no_grad():
+            z, context = model.encode(x), model.embed(test.captions[:128])
+            for t in times:
+                eps, a = torch.randn(z.shape, generator=noise), model.schedule.alpha_bars[t].item()
+                error = (model.unet(model.schedule.add_noise(z, torch.full((128,), t), eps), torch.full((128,), t), context) - eps).square().mean().item()
+                eps_by_t.append(float(f"{error:.4g}"))
+                z0_by_t.append(float(f"{(error * (1 - a) / a) ** 0.5 / width:.4g}"))
+            right = legible(draw_captions(model, test.captions[:captions], 5.0, 0), test.captions[:captions])
+            tiles.append(draw_captions(model, prompts, 5.0, 0).clamp(-1, 1))
+        found[f"{width:g}"] = {"eps_by_t": eps_by_t, "z0_by_t": z0_by_t, "accuracy": right}
+        print(width, found[f"{width:g}"])
+    return {"steps": steps, "batch": stage.batch, "t": times, "prompts": prompts, "variants": found}, torch.cat(tiles)
+
+# ---- chapter 8 ----
+
+@recipe("08/reference")
+def reference(seeds: int = 5, steps=(60, 150, 100), window: int = 10):
+    """The chapter's short recipe with other seeds than its own: mean losses of every ten steps, (seeds, steps / 10) a stage."""
+    code, data, found = chapter_code("08"), book.load_data("train"), {"clip": [], "autoencoder": [], "denoiser": []}
+    for seed in range(1, seeds + 1):
+        losses = {stage: [] for stage in found}
+        for stage, _, parts in code["whole_recipe"](code["new_model"](data, seed, adversarial_start=100), data, seed, steps):
+            losses[stage].append(parts[{"clip": "clip", "autoencoder": "l1", "denoiser": "mse"}[stage]].item())
+        for stage, values in losses.items():
+            found[stage].append([float(f"{v:.4g}") for v in torch.tensor(values).view(-1, window).mean(dim=1).tolist()])
+        print(seed, {stage: rows[-1][-1] for stage, rows in found.items()})
+    return {"seeds": list(range(1, seeds + 1)), "runs": found}, None
+
+
+def held_out_error(model, unet, z, context) -> float:
+    """Mean squared error in eps on held-out latents, at twenty times, always with the same noise."""
+    noise, errors = torch.Generator().manual_seed(1), []
+    with torch.no_grad():
+        for t in range(25, 1000, 50):
+            eps = torch.randn(z.shape, generator=noise)
+            errors.append((unet(model.schedule.add_noise(z, torch.full((len(z),), t), eps), torch.full((len(z),), t), context) - eps).square().mean().item())
+    return float(f"{sum(errors) / len(errors):.4g}")
+
+
+@recipe("08/ema")
+def ema(steps: int = 500, every: int = 25):
+    """One U-Net on the shipped latents: held-out error of the weights of the step and of their average."""
+    from ldm_minimal import UNet, train_denoiser
+    model, data, test = book.load_model(), book.load_data("train"), book.load_data("test")
+    torch.manual_seed(0)
+    model.unet = UNet(model.config.unet)
+    with torch.no_grad():
+        z, context = model.encode(test.pictures(slice(0, 64))), model.embed(test.captions[:64])
+    parts, at, raw, average = {}, [], [], []
+    for step, _ in train_denoiser(model, data, replace(model.config.denoiser_stage, steps=2 * steps), resume=lambda p: parts.update(p) or 0):
+        if step % every == 0:
+            at.append(step)
+            raw.append(held_out_error(model, parts["unet"], z, context))
+            average.append(held_out_error(model, parts["ema"], z, context))
+            if step == steps:  # half way of its schedule, where the rate is still high
+                break
+    return {"steps": steps, "at": at, "raw": raw, "ema": average}, None
+
+
+@recipe("08/rates")
+def rates(steps: int = 300, values=("4e-5", "4e-3", "4e-1")):
+    """Three U-Nets that differ in the learning rate: mean error of every ten steps, and four pictures each."""
+    from ldm_minimal import UNet, train_denoiser
+    model, data, found, tiles = book.load_model(), book.load_data("train"), {}, []
+    for rate in values:
+        torch.manual_seed(0)
+        model.unet = UNet(model.config.unet)
+        losses = [parts["mse"].item() for _, parts in train_denoiser(model, data, replace(model.config.denoiser_stage, steps=steps, learning_rate=float(rate)))]
+        found[rate] = [float(f"{v:.4g}") for v in torch.tensor(losses).view(-1, 10).mean(dim=1).tolist()]
+        tiles.append(model.generate(["a red circle", "a blue square", "a large yellow star", "a green heart"], guidance=3.0, generator=torch.Generator().manual_seed(0)).nan_to_num())
+    return {"steps": steps, "at": list(range(5, steps, 10)), "mse": found}, torch.cat(tiles)
 
 
 def main() -> None:

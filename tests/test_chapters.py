@@ -2,8 +2,11 @@
 
 import json
 import re
+import shutil
 import statistics
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -115,3 +118,19 @@ def test_a_slider_moves_its_picture():
 
 def test_every_check_belongs_to_a_chapter():
     assert sorted(n for path in CHAPTERS for n in exercises(path)) == sorted(CHECKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source, complaint", [
+    ("import os; os._exit(9)", "the kernel died in this cell"), ("raise ValueError('no such bird')", "no such bird"), ("import time; time.sleep(99)", "Timeout of 5"),
+], ids=["dies", "breaks", "hangs"])
+def test_a_chapter_that_breaks_fails_promptly_and_says_where(source, complaint, tmp_path):
+    cell = {"cell_type": "code", "id": "one", "execution_count": None, "metadata": {}, "outputs": [], "source": source}
+    (tmp_path / "bad.ipynb").write_text(json.dumps({"cells": [cell], "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+                                                    "nbformat": 4, "nbformat_minor": 5}))
+    shutil.copy(ROOT / "chapters" / "conftest.py", tmp_path)
+    started = time.monotonic()
+    run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "5", "."],
+                         cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and complaint in run.stdout and "bad.ipynb::Cell 0" in run.stdout, run.stdout[-2000:]
+    assert time.monotonic() - started < 60

@@ -1,5 +1,6 @@
 """The exercises' checks accept every right answer and reject the usual wrong ones, saying what is wrong."""
 
+import math
 import sys
 
 import pytest
@@ -20,6 +21,10 @@ def repaired(alpha_bars):
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
+def slopes(loss, weight, keep=False):
+    return torch.autograd.grad(loss, weight, retain_graph=True, create_graph=keep)[0].norm()
+
+
 RIGHT = {
     "1.1": [lambda b: 10 * (kept(b) / (1 - kept(b))).log10(), lambda b: 10 * (kept(b).log10() - (1 - kept(b)).log10()),
             lambda b: [10 * torch.log10(a / (1 - a)).item() for a in kept(b)]],
@@ -33,6 +38,23 @@ RIGHT |= {
     "2.2": [lambda x, v, a: (1 - a).sqrt() * x + a.sqrt() * v],
     "2.3": [lambda a: a / (1 - a), lambda a: 1 / (1 / a - 1)],
     "2.4": [lambda b: torch.cat([b[:1] * 0, (b[1:] * (1 - kept(b)[:-1]) / (1 - kept(b)[1:])).sqrt()])],
+}
+RIGHT |= {
+    "3.1": [48, 48.0, 16 * 256 * 256 * 3 / (4 * 32 * 32 * 16)],
+    "3.2": [lambda v, p: v.mean() if p == 2 else v.median(), lambda v, p: v.mean().item() if p == 2 else v.sort().values[2].item()],
+    "3.3": [lambda a, s, b, r: math.log(r / s) + (s**2 + (a - b) ** 2) / (2 * r**2) - 0.5],
+    "3.4": [lambda r, a, w: (slopes(r, w) / (slopes(a, w) + 1e-4)).clamp(max=1e4), lambda r, a, w: min(1e4, slopes(r, w).item() / (slopes(a, w).item() + 1e-4))],
+    "4.1": [6.76, 2.6**2],
+    "4.2": [lambda a, s: a / (a + s**2 * (1 - a)), lambda a, s: 1 / (1 + s**2 * (1 / a - 1))],
+    "4.3": [lambda z: (z - z.mean(dim=(0, 2, 3), keepdim=True)) / z.std(dim=(0, 2, 3), keepdim=True),
+            lambda z: (z - z.mean(dim=(0, 2, 3), keepdim=True)) / z.std(dim=(0, 2, 3), keepdim=True, correction=0)],
+    "4.4": [lambda a, s: a * s**2 / (a * s**2 + 1 - a), lambda a, s: 1 - (1 - a) / (a * s * s + 1 - a)],
+}
+RIGHT |= {
+    "8.1": [2302, 2301.4],
+    "8.2": [lambda a, w, s, d=0.999: torch.lerp(a, w, 1 - min(d, (1 + s) / (10 + s)))],
+    "8.3": [lambda g: sum(all(v.values()) for v in g) / len(g), lambda g: torch.tensor([all(v.values()) for v in g]).float().mean()],
+    "8.4": [lambda d, t: torch.cdist(d.flatten(1), t.flatten(1)).argmin(dim=1), lambda d, t: [(t - x).square().sum(dim=(1, 2, 3)).argmin().item() for x in d]],
 }
 WRONG = {  # number: (answer, a word of the reply)
     "1.1": [(lambda b: (kept(b) / (1 - kept(b))).log10(), "bels"), (lambda b: 20 * (kept(b) / (1 - kept(b))).log10(), "20 log10"),
@@ -51,6 +73,28 @@ WRONG |= {
     "2.3": [(lambda a: (1 - a) / a, "turned over"), (lambda a: (a / (1 - a)) ** 0.5, "its square"), (lambda a: 1 / (1 - a), "subtract")],
     "2.4": [(lambda b: b.sqrt(), "must be 0"), (lambda b: RIGHT["2.4"][0](b) ** 2, "take the root"), (lambda b: b[1:], "shape"),
             (lambda b: torch.cat([b[:1] * 0, b[1:].sqrt()]), "forwards"), (lambda b: torch.cat([b[:1] * 0, b[1:]]), "the step before")],
+}
+WRONG |= {
+    "3.1": [(256, "positions"), (1 / 48, "turned over"), (12, "count both")],
+    "3.2": [(lambda v, p: v.mean(), "power 1"), (lambda v, p: v.median(), "power 2"), (lambda v, p: v.median() if p == 2 else v.mean(), "power 2")],
+    "3.3": [(lambda a, s, b, r: math.log(s / r) + (r**2 + (a - b) ** 2) / (2 * s**2) - 0.5, "other way"), (lambda a, s, b, r: 0.5 * (a**2 + s**2 - 1 - math.log(s**2)), "log p_1"),
+            (lambda a, s, b, r: (math.log(r / s) + (s**2 + (a - b) ** 2) / (2 * r**2) - 0.5) / math.log(2), "bits")],
+    "3.4": [(lambda r, a, w: slopes(a, w) / (slopes(r, w) + 1e-4), "turned over"), (lambda r, a, w: slopes(r, w) / slopes(a, w), "delta"), (lambda r, a, w: slopes(r, w) / (slopes(a, w) + 1e-4), "1e4"),
+            (lambda r, a, w: (r / a).clamp(max=1e4), "lengths"), (lambda r, a, w: (slopes(r, w, True) / (slopes(a, w) + 1e-4)).clamp(max=1e4), "detach")],
+    "4.1": [(1, "meant"), (1 / 2.6, "every number")],
+    "4.2": [(lambda a, s: a / (a + (1 - a) / s**2), "turned over"), (lambda a, s: a / (a + s * (1 - a)), "squared"), (lambda a, s: a / s**2, "solve")],
+    "4.3": [(lambda z: (z - z.mean()) / z.std(), "one mean"), (lambda z: z / z.std(dim=(0, 2, 3), keepdim=True), "mean is not 0"), (lambda z: z - z.mean(dim=(0, 2, 3), keepdim=True), "not 1"),
+            (lambda z: z.flatten(1), "shape"), (lambda z: (z - z.mean(dim=0)) / z.std(dim=0), "places")],
+    "4.4": [(lambda a, s: (1 - a) / (a * s**2 + 1 - a), "what remains"), (lambda a, s: a * s / (a * s + 1 - a), "squared"), (lambda a, s: a * s**2, "another")],
+}
+WRONG |= {
+    "8.1": [(1000, "1/e"), (900, "0.999^n"), (6905, "0.999^n")],
+    "8.2": [(lambda a, w, s, d=0.999: d * a + (1 - d) * w, "warm-up"), (lambda a, w, s, d=0.999: (1 - min(d, (1 + s) / (10 + s))) * a + min(d, (1 + s) / (10 + s)) * w, "turned over"),
+            (lambda a, w, s, d=0.999: max(d, (1 + s) / (10 + s)) * a + (1 - max(d, (1 + s) / (10 + s))) * w, "warm-up"), (lambda a, w, s, d=0.999: w, "smaller of the two")],
+    "8.3": [(lambda g: sum(sum(v.values()) for v in g) / sum(len(v) for v in g), "share of attributes"), (lambda g: 100 * sum(all(v.values()) for v in g) / len(g), "per cent"),
+            (lambda g: sum(any(v.values()) for v in g) / len(g), "three pictures")],
+    "8.4": [(lambda d, t: torch.cdist(d.flatten(1), t.flatten(1)).argmax(dim=1), "farthest"), (lambda d, t: (d.flatten(1) @ t.flatten(1).T).argmax(dim=1), "others"),
+            (lambda d, t: torch.cdist(d.flatten(1), t.flatten(1)), "shape")],
 }
 
 
