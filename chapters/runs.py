@@ -2,6 +2,8 @@
 
     python chapters/runs.py 02            # remake the results of chapter 2
     python chapters/runs.py --check       # is there a recipe for every file that a chapter reads, and a file for every recipe?
+    python chapters/runs.py --execute 02  # run the notebooks of chapter 2, keep what they print and draw, and their seconds
+    python chapters/runs.py --minutes     # the README's table of minutes, from the seconds that are kept
 
 A result is runs/NN/NAME.json: curves and numbers, with the seed, machine and minutes that made them; and, where there are
 pictures, runs/NN/NAME.png, all of them in one row of 32 x 32 tiles. `book.result("NN/NAME")` reads both.
@@ -27,13 +29,21 @@ import book
 from oracle import grade
 
 HERE = Path(__file__).resolve().parent
-RECIPES = {}
+RECIPES, PROBES = {}, {}
 
 
 def recipe(name: str):
     """Register what makes runs/`name`: a function that returns (numbers, pictures or None)."""
     def register(function):
         RECIPES[name] = function
+        return function
+    return register
+
+
+def probe(name: str):
+    """Register what `--check` runs again of runs/`name`, in seconds: a function of the record that returns (made now, on record)."""
+    def register(function):
+        PROBES[name] = function
         return function
     return register
 
@@ -84,10 +94,54 @@ def check() -> list[str]:
     return ([f"{name} is read by a chapter and has no recipe" for name in sorted(read - set(RECIPES))]
             + [f"{name} has a recipe and no file" for name in sorted(set(RECIPES) - files)]
             + [f"{name} has a file and no recipe" for name in sorted(files - set(RECIPES))]
-            + [f"{path} is larger than 300 kB" for path in (HERE / "runs").rglob("*.*") if path.stat().st_size > 300_000])
+            + [f"{path} is larger than 300 kB" for path in (HERE / "runs").rglob("*.*") if path.stat().st_size > 300_000]
+            + [f"no recipe of chapter {number} has a probe" for number in sorted({name[:2] for name in RECIPES} - {name[:2] for name in PROBES})])
 
 
-# ---- recipes ---------------------------------------------------------------------------------------------------------
+def repeat() -> list[str]:
+    """Which results do not come out again: each probe makes the cheap beginning of one, and must agree to 5 % (other machines round otherwise)."""
+    wrong = []
+    for name, function in PROBES.items():
+        torch.manual_seed(0)
+        now, before = (torch.tensor(v, dtype=torch.float64) for v in function(json.loads((HERE / "runs" / f"{name}.json").read_text(encoding="utf-8"))))
+        print(f"{name}: {now.tolist()} now, {before.tolist()} on record")
+        if not torch.allclose(now, before, rtol=0.05):
+            wrong.append(f"{name} does not come out again")
+    return wrong
+
+
+def execute(number: str) -> None:
+    """Run a chapter and its solutions from a clean kernel and keep the outputs, without timestamps; metadata says how long it took."""
+    import nbformat
+    from nbclient import NotebookClient
+    for path in [*HERE.glob(f"{number}_*.ipynb"), *HERE.glob(f"solutions/{number}_*.ipynb")]:
+        notebook, started = nbformat.read(path, as_version=4), time.time()
+        NotebookClient(notebook, timeout=600, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(path.parent)}}).execute()
+        notebook.metadata.pop("widgets", None)
+        notebook.metadata["measured"] = {"seconds": round(time.time() - started), "machine": machine(), "torch": torch.__version__}
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)
+        nbformat.write(notebook, path)
+        print(f"{path.relative_to(HERE)}: {notebook.metadata['measured']['seconds']} s")
+
+
+def minutes() -> str:
+    """A row for each chapter: seconds of it and of its solutions, as the executed notebooks say."""
+    rows = []
+    for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
+        seconds = [json.loads(p.read_text(encoding="utf-8"))["metadata"]["measured"]["seconds"] for p in (path, HERE / "solutions" / path.name)]
+        title = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"][0].removeprefix("# ").strip()
+        rows.append(f"| {title} | {seconds[0] / 60:.1f} | {seconds[1] / 60:.1f} |")
+    return "| chapter | minutes | its solutions |\n|---|---|---|\n" + "\n".join(rows)
+
+
+def legible(x: Tensor, captions: list[str]) -> float:
+    """The share of pictures in which the oracle finds every attribute that their captions state."""
+    pictures = ((x.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
+    return round(sum(all(grade(picture, caption).values()) for picture, caption in zip(pictures, captions)) / len(captions), 4)
+
+
+# ---- chapter 2 ----
 
 @recipe("02/pixels")
 def pixels():
@@ -116,10 +170,15 @@ def pixels():
     return {"steps": steps, "batch": batch, "losses_of_50_steps": [round(v, 4) for v in smooth], "loss_by_t": [round(v, 5) for v in by_time(unet)],
             "loss_by_t_short": [round(v, 5) for v in by_time(short)]}, drawn.clamp(-1, 1)
 
-def legible(x: Tensor, captions: list[str]) -> float:
-    """The share of pictures in which the oracle finds every attribute that their captions state."""
-    pictures = ((x.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
-    return round(sum(all(grade(picture, caption).values()) for picture, caption in zip(pictures, captions)) / len(captions), 4)
+
+@probe("02/pixels")
+def first_steps_in_pixels(record):
+    """The first fifty steps of the long training."""
+    code, data = chapter_code("02"), book.load_data("train")
+    torch.manual_seed(0)
+    training = code["train"](code["SimpleUNet"](), drawing(data), record["steps"], record["batch"], 2e-3)
+    return [sum(next(training) for _ in range(50)) / 50], record["losses_of_50_steps"][:1]
+
 
 # ---- chapter 3 ----
 
@@ -174,6 +233,15 @@ def mean_of(values: list[float]) -> float | None:
     return float(f"{sum(values) / len(values):.4g}") if values else None
 
 
+@probe("03/losses")
+def first_steps_of_l1(record):
+    """Twenty steps of the variant L1."""
+    from ldm_minimal import SHAPES, Autoencoder, autoencoder_loss
+    torch.manual_seed(0)
+    training = chapter_code("03")["train"](Autoencoder(SHAPES.autoencoder), drawing(book.load_data("train")), record["steps"], partial(autoencoder_loss, kl_weight=0.0), cloud=False)
+    return [mean_of([next(training)["l1"] for _ in range(20)])], record["variants"]["$L_1$"]["curves"]["l1"][:1]
+
+
 @recipe("03/kl")
 def kl_sweep(steps: int = 800, weights=(1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)):
     """The same autoencoder, L1 and KL only, with the KL's weight from a millionth up; five restored pictures and five from noise each."""
@@ -208,8 +276,7 @@ def scaled(steps: int = 1000, widths=(1.0, 5.49, 0.18), captions: int = 128):
     for width in widths:
         torch.manual_seed(0)
         model.unet, model.config = UNet(model.config.unet), replace(model.config, scale_factor=width * measured)
-        for _ in train_denoiser(model, data, stage, seed=0):
-            pass
+        losses = [parts["mse"].item() for _, parts in train_denoiser(model, data, stage, seed=0)]
         noise, eps_by_t, z0_by_t = torch.Generator().manual_seed(1), [], []
         with torch.no_grad():
             z, context = model.encode(x), model.embed(test.captions[:128])
@@ -220,9 +287,20 @@ def scaled(steps: int = 1000, widths=(1.0, 5.49, 0.18), captions: int = 128):
                 z0_by_t.append(float(f"{(error * (1 - a) / a) ** 0.5 / width:.4g}"))
             right = legible(draw_captions(model, test.captions[:captions], 5.0, 0), test.captions[:captions])
             tiles.append(draw_captions(model, prompts, 5.0, 0).clamp(-1, 1))
-        found[f"{width:g}"] = {"eps_by_t": eps_by_t, "z0_by_t": z0_by_t, "accuracy": right}
+        found[f"{width:g}"] = {"eps_by_t": eps_by_t, "z0_by_t": z0_by_t, "accuracy": right, "mse": [mean_of(losses[i:i + 20]) for i in range(0, steps, 20)]}
         print(width, found[f"{width:g}"])
     return {"steps": steps, "batch": stage.batch, "t": times, "prompts": prompts, "variants": found}, torch.cat(tiles)
+
+@probe("04/scaled")
+def first_steps_at_unit_width(record):
+    """Twenty steps of the rescaled training."""
+    from ldm_minimal import UNet, train_denoiser
+    model = book.load_model()
+    torch.manual_seed(0)
+    model.unet = UNet(model.config.unet)
+    training = train_denoiser(model, book.load_data("train"), replace(model.config.denoiser_stage, steps=record["steps"]), seed=0)
+    return [mean_of([next(training)[1]["mse"].item() for _ in range(20)])], record["variants"]["1"]["mse"][:1]
+
 
 # ---- chapter 8 ----
 
@@ -238,6 +316,15 @@ def reference(seeds: int = 5, steps=(60, 150, 100), window: int = 10):
             found[stage].append([float(f"{v:.4g}") for v in torch.tensor(values).view(-1, window).mean(dim=1).tolist()])
         print(seed, {stage: rows[-1][-1] for stage, rows in found.items()})
     return {"seeds": list(range(1, seeds + 1)), "runs": found}, None
+
+
+@probe("08/reference")
+def first_losses_of_seed_1(record):
+    """CLIP's first twenty steps."""
+    code, data = chapter_code("08"), book.load_data("train")
+    training = code["whole_recipe"](code["new_model"](data, 1, adversarial_start=100), data, 1, (60, 150, 100))
+    losses = [next(training)[2]["clip"].item() for _ in range(20)]
+    return [mean_of(losses[:10]), mean_of(losses[10:])], record["runs"]["clip"][0][:2]
 
 
 def held_out_error(model, unet, z, context) -> float:
@@ -288,15 +375,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("chapters", nargs="*", metavar="NN", help="chapters whose results to remake")
     parser.add_argument("--check", action="store_true", help="only compare recipes and files")
+    parser.add_argument("--execute", action="store_true", help="run the notebooks of these chapters instead, and keep their outputs")
+    parser.add_argument("--minutes", action="store_true", help="print the table of minutes")
     options = parser.parse_args()
-    unknown = [number for number in options.chapters if number not in {name[:2] for name in RECIPES}]
-    if unknown or not (options.check or options.chapters):
-        parser.exit(2, f"runs.py: name one of {', '.join(sorted({name[:2] for name in RECIPES}))}, or --check\n")
-    for name in RECIPES:
-        if name[:2] in options.chapters:
-            make(name)
+    allowed = {path.name[:2] for path in HERE.glob("[0-9][0-9]_*.ipynb")} if options.execute else {name[:2] for name in RECIPES}
+    if not set(options.chapters) <= allowed or not (options.check or options.minutes or options.chapters):
+        parser.exit(2, f"runs.py: name one of {', '.join(sorted(allowed))}, or --check or --minutes\n")
+    if options.execute:
+        for number in options.chapters:
+            execute(number)
+    else:
+        for name in RECIPES:
+            if name[:2] in options.chapters:
+                make(name)
+    if options.minutes:
+        print(minutes())
     if options.check:
-        wrong = check()
+        wrong = check() or repeat()
         print("\n".join(wrong) or "every result has its recipe, every recipe its result")
         sys.exit(bool(wrong))
 
