@@ -1238,7 +1238,7 @@ SHAPES = Config(
     unet=UNetConfig(channels=4, width=64, mult=(1, 1), blocks=1, attention=(0, 1), heads=4, context_width=96, groups=4),
     clip_stage=Stage(steps=400, batch=128, learning_rate=2e-3),
     autoencoder_stage=Stage(steps=3000, batch=16, learning_rate=1.5e-3),
-    denoiser_stage=Stage(steps=2400, batch=64, learning_rate=4e-3),
+    denoiser_stage=Stage(steps=2200, batch=64, learning_rate=4e-3),
     perceptual_weight=0.1, adversarial_weight=0.25, adversarial_start=2000, snr_clip=1.0,
 )
 
