@@ -371,6 +371,114 @@ def rates(steps: int = 300, values=("4e-5", "4e-3", "4e-1")):
     return {"steps": steps, "at": list(range(5, steps, 10)), "mse": found}, torch.cat(tiles)
 
 
+# ---- chapter 6 ----
+
+def scene_for(caption: str, random):
+    """A scene of which `caption` is true; what it leaves open is drawn as the data set draws it."""
+    from oracle import parse
+    from prepare import BACKGROUNDS, LINES, SIZES, Scene, Thing, pick
+    stated, ends = parse(caption), ((0.25, 0.5), (0.75, 0.5))
+    places = {"left of": ends, "right of": ends[::-1], "above": [e[::-1] for e in ends], "below": [e[::-1] for e in ends[::-1]]}
+    things = []
+    for said, (x, y) in zip(stated.things, places.get(stated.relation) or [(pick(random, LINES), pick(random, LINES))]):
+        texture = said.get("texture", "plain")  # a caption always names another; of the plain things 3 in 8 are large
+        size = said.get("size") or ("large" if texture != "plain" or random.random() < 3 / 8 else "small")
+        things.append(Thing(said["shape"], said["colour"], size, texture, x, y, SIZES[size]))
+    return Scene(stated.background or pick(random, BACKGROUNDS), tuple(things))
+
+
+@torch.no_grad()
+def denoised(model, prompts: list[str], w: float, seed: int, batch: int = 64) -> Tensor:
+    """The latents that fifty steps make of the prompts, with the same noise for every w."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.cat([[z for _, z, _ in model.denoise(prompts[i:i + batch], guidance=w, generator=random)][-1] for i in range(0, len(prompts), batch)])
+
+
+def guided_scores(model, code: dict, w: float, count: int) -> dict:
+    """Prompt accuracy on the first `count` test captions, and how saturated the pictures are."""
+    from ldm_minimal.__main__ import accuracy
+    test = book.load_data("test")
+    z = denoised(model, test.captions[:count], w, 0)
+    with torch.no_grad():
+        x = model.decode(z)
+    found, colours = accuracy(x, test.rows[:count]), code["colours"](x).mean(dim=0).tolist()
+    return {"accuracy": round(found["all"], 4), "shape": round(found["shape"], 4), "vividness": round(colours[0], 4), "off": round(colours[1], 4), "latent_std": round(z.std().item(), 4)}
+
+
+@recipe("06/sweep")
+def sweep(weights=(0, 1, 2, 3, 5, 7.5, 10, 15), captions: int = 128, prompts: int = 8, seeds: int = 8):
+    """The shipped model at each w: accuracy, saturation, variety between seeds; pictures of six prompts, and of one with eight seeds."""
+    import numpy as np
+    from prepare import draw
+    code, model, judge, test = chapter_code("06"), book.load_model(), book.load_judge(), book.load_data("test")
+    shown = ["a red circle", "a large green star", "a small blue square", "a striped yellow heart", "a purple triangle above an orange cross", "a cyan heart left of a red circle"]
+    unfinished = [caption for caption in test.captions if "background" not in caption][:prompts]
+    many, random = [caption for caption in unfinished for _ in range(seeds)], np.random.default_rng(0)
+
+    def varieties(x):
+        with torch.no_grad():
+            features = judge.image_encoder(x)
+        return {"variety": round(code["variety"](features.unflatten(0, (prompts, seeds))), 4)}
+    real = torch.stack([torch.from_numpy(draw(scene_for(caption, random), 32)) for caption in many]).permute(0, 3, 1, 2) / 127.5 - 1
+    truth, found, rows, tiles = varieties(real), {}, [], []
+    first = round(denoised(model, test.captions[:8], 5.0, 0).std().item(), 4)
+    for w in weights:
+        with torch.no_grad():
+            x, few = model.decode(denoised(model, many, w, 1)), model.decode(denoised(model, shown, w, 2))
+        found[f"{w:g}"] = guided_scores(model, code, w, captions) | varieties(x)
+        rows.append(few)
+        tiles.append(x[:seeds])
+        print(w, found[f"{w:g}"], flush=True)
+    return {"weights": list(weights), "captions": captions, "prompts": shown, "unfinished": unfinished, "seeds": seeds, "truth": truth, "first_std": first,
+            "by_w": found}, torch.cat(rows + tiles)
+
+
+@probe("06/sweep")
+def first_latents_at_5(record):
+    """The spread of the first eight latents."""
+    return [denoised(book.load_model(), book.load_data("test").captions[:8], 5.0, 0).std().item()], [record["first_std"]]
+
+
+@recipe("06/dropout")
+def dropout(steps: int = 500, rates=(0.1, 0.0), captions: int = 128):
+    """Two short U-Nets, that differ in how often the caption was dropped: errors with and without a caption, eight pictures each at w = 0, 1, 5; accuracy by w."""
+    from ldm_minimal import UNet, train_denoiser
+    from oracle import UNKNOWN, read
+    code, model, data, test, found, tiles = chapter_code("06"), book.load_model(), book.load_data("train"), book.load_data("test"), {}, []
+    prompts = ["a red circle", "a blue square", "a large green star", "a yellow heart", "a purple triangle", "an orange cross", "a pink circle on a black background", "a cyan square on a white background"]
+    times = list(range(50, 1000, 100))
+    for rate in rates:
+        torch.manual_seed(0)
+        model.unet = UNet(model.config.unet)
+        stage = replace(model.config.denoiser_stage, steps=steps)
+        losses = [parts["mse"].item() for _, parts in train_denoiser(model, data, stage, caption_dropout=rate, seed=0)]
+        noise, errors = torch.Generator().manual_seed(1), []
+        with torch.no_grad():
+            z, contexts = model.encode(test.pictures(slice(0, 128))), (model.embed(test.captions[:128]), model.embed([""]).expand(128, -1, -1))
+            for t in times:
+                eps, at = torch.randn(z.shape, generator=noise), torch.full((128,), t)
+                errors.append([float(f"{(model.unet(model.schedule.add_noise(z, at, eps), at, c) - eps).square().mean():.4g}") for c in contexts])
+            nothing = model.decode(denoised(model, [""] * 64, 1.0, 0))
+            tiles += [nothing[:8]] + [model.decode(denoised(model, prompts, w, 2)) for w in (1.0, 5.0)]
+        scenes = [read(picture) for picture in ((nothing + 1) / 2).permute(0, 2, 3, 1).numpy()]
+        legible = [1 <= len(s.things) <= 2 and UNKNOWN not in (s.background, *(thing.shape for thing in s.things)) for s in scenes]
+        found[f"{rate:g}"] = {"mse": [mean_of(losses[i:i + 20]) for i in range(0, steps, 20)], "captioned": [e[0] for e in errors], "empty": [e[1] for e in errors],
+                              "legible": round(sum(legible) / 64, 4), "by_w": {f"{w:g}": guided_scores(model, code, w, captions) for w in ((1, 2, 3, 5, 10) if rate else (1, 5))}}
+        print(rate, found[f"{rate:g}"], flush=True)
+    return {"steps": steps, "batch": stage.batch, "captions": captions, "t": times, "prompts": prompts, "by_rate": found}, torch.cat(tiles)
+
+
+@probe("06/dropout")
+def first_steps_without_dropout(record):
+    """Twenty steps of the training that never drops a caption."""
+    from ldm_minimal import UNet, train_denoiser
+    model = book.load_model()
+    torch.manual_seed(0)
+    model.unet = UNet(model.config.unet)
+    training = train_denoiser(model, book.load_data("train"), replace(model.config.denoiser_stage, steps=record["steps"]), caption_dropout=0.0, seed=0)
+    return [mean_of([next(training)[1]["mse"].item() for _ in range(20)])], record["by_rate"]["0"]["mse"][:1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("chapters", nargs="*", metavar="NN", help="chapters whose results to remake")
