@@ -314,3 +314,105 @@ def nearest(answer):
     if not far(got, wanted):
         return None
     return "those are the farthest, not the nearest" if not far(got, torch.cdist(drawn.flatten(1), training.flatten(1)).argmax(dim=1)) else "others are nearer; sum the squared differences over all 3 x H x W numbers"
+
+
+# ---- chapter 6: guidance ---------------------------------------------------------------------------------------------
+
+@exercise("6.1a")
+def their_weight(answer):
+    if not far(answer, 7.5):
+        return None
+    return {6.5: "that is theirs; ours is not the same number", 5.5: "the other way round: theirs is ours minus 1"}.get(round(float(answer), 4), "compare the factor of the guess with the caption: 1 + w' there, w here")
+
+
+@exercise("6.1b")
+def guided_rows(answer):
+    if not far(answer, 400):
+        return None
+    if not far(answer, 200):
+        return "that is without the empty half; at w = 7.5 each prompt needs two guesses a step"
+    return "these are passes; every pass holds several rows" if float(answer) in (50, 100) else "steps, times prompts, times guesses"
+
+
+def pretended_unet(calls: list):
+    """Something with a U-Net's signature that depends on all its inputs, row by row, and notes how many rows each call had."""
+    def unet(z, t, context):
+        calls.append(len(z))
+        return z * context.mean(dim=(1, 2)).view(-1, 1, 1, 1) + 0.01 * t.view(-1, 1, 1, 1)
+    return unet
+
+
+def guidance_inputs():
+    random = torch.Generator().manual_seed(11)
+    z, asked, other = (torch.randn(*shape, dtype=torch.float64, generator=random) for shape in ((3, 4, 2, 2), (3, 7, 5), (3, 7, 5)))
+    return z, torch.tensor([900, 500, 20]), asked, other
+
+
+@exercise("6.2")
+def away_from(answer):
+    z, t, asked, negative = guidance_inputs()
+    calls, w, unet = [], 4.0, pretended_unet([])
+    a, n = unet(z, t, asked), unet(z, t, negative)
+    got = torch.as_tensor(answer(pretended_unet(calls), z, t, asked, negative, w))
+    if got.shape != z.shape:
+        return f"the shape is {tuple(got.shape)}; it must be {tuple(z.shape)}, that of z_t"
+    if not far(got, a + w * (n - a)):
+        return "turned over: this walks to the negative prompt; the negative half takes the place of the empty one"
+    if not far(got, a + w * (a - n)):
+        return "that is Ho & Salimans's w; with the book's, w = 1 is the plain guess of the prompt"
+    if far(got, n + w * (a - n)):
+        return "start from the guess with the negative prompt and add w times the difference; every row needs its own t"
+    return None if calls == [6] else f"the numbers are right, in {len(calls)} calls; put both halves into one batch of six rows"
+
+
+@exercise("6.3")
+def sharpened_gaussian(answer):
+    for m, s, S, w in ((1.0, 0.5, 1.5, 3.0), (-0.4, 0.8, 1.0, 2.0), (2.0, 1.0, 3.0, 1.0)):
+        mean, variance = (float(v) for v in answer(m, s, S, w))
+        precision = w / s**2 + (1 - w) / S**2
+        right = w * m / s**2 / precision, 1 / precision
+        if not (far(mean, right[0]) or far(variance, right[1])):
+            continue
+        if not far(variance, right[1] ** 0.5):
+            return "that is the standard deviation; the variance is asked for"
+        if not far(variance, precision):
+            return "that is 1 over the variance: turn it over"
+        if w > 1 and not far(variance, s**2 / w):
+            return "that is p(x|y)^w alone; p(x)^(1 - w) is a Gaussian too, with a negative share of 1 / variance"
+        if far(variance, right[1]):
+            return f"for m = {m}, s = {s}, S = {S}, w = {w} the variance is another: add up what stands before x^2 in the exponents"
+        return f"for m = {m}, s = {s}, S = {S}, w = {w} the variance is right and the mean is not: it is where the exponent's slope is 0"
+    return None
+
+
+@exercise("6.4")
+def two_captions(answer):
+    nothing, first, second = torch.randn(3, 2, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for w in (3.0, 1.0):
+        got = answer(nothing, first, second, w)
+        if not far(got, nothing + w * (first + second - nothing)):
+            return "the second caption changes the empty guess too: subtract the empty guess from both"
+        if not far(got, nothing + w * ((first + second) / 2 - nothing)):
+            return "that is the mean of two guided guesses; by Bayes each caption pulls with its whole weight"
+        if far(got, nothing + w * (first - nothing) + w * (second - nothing)):
+            return "write p(x | y1, y2) as p(x) p(y1 | x) p(y2 | x) up to a factor, and take the last two w times"
+    return None
+
+
+@exercise("6.5")
+def in_an_interval(answer):
+    z, t, asked, empty = guidance_inputs()
+    unet, w, context = pretended_unet([]), 5.0, torch.cat([empty, asked])
+    a, n = unet(z, t, asked), unet(z, t, empty)
+    inside = ((t >= 300) & (t <= 700)).view(-1, 1, 1, 1)
+    got = torch.as_tensor(answer(unet, z, t, context, w, 300, 700))
+    full = n + w * (a - n)
+    if got.shape != z.shape:
+        return f"the shape is {tuple(got.shape)}; it must be {tuple(z.shape)}, that of z_t"
+    if not far(got, torch.where(inside, full, n)):
+        return "outside of the interval that is the unconditional guess, w = 0; plain conditional is w = 1"
+    if not far(got, torch.where(inside, a, full)):
+        return "turned over: guided inside of the interval, plain outside"
+    if not far(got, full) or not far(got, a):
+        return "all rows came out alike; each row has its own t"
+    return None if not far(got, torch.where(inside, full, a)) else "w where low <= t <= high, 1 elsewhere, row by row, in the formula of 6.1"

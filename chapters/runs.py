@@ -395,14 +395,14 @@ def denoised(model, prompts: list[str], w: float, seed: int, batch: int = 64) ->
 
 
 def guided_scores(model, code: dict, w: float, count: int) -> dict:
-    """Prompt accuracy on the first `count` test captions, and how saturated the pictures are."""
-    from ldm_minimal.__main__ import accuracy
+    """On the first `count` test captions: the share drawn wholly right, the share of single attributes, and how saturated the pictures are."""
     test = book.load_data("test")
     z = denoised(model, test.captions[:count], w, 0)
     with torch.no_grad():
         x = model.decode(z)
-    found, colours = accuracy(x, test.rows[:count]), code["colours"](x).mean(dim=0).tolist()
-    return {"accuracy": round(found["all"], 4), "shape": round(found["shape"], 4), "vividness": round(colours[0], 4), "off": round(colours[1], 4), "latent_std": round(z.std().item(), 4)}
+    grades = [grade(picture, caption) for picture, caption in zip(((x + 1) / 2).permute(0, 2, 3, 1).numpy(), test.captions)]
+    single, colours = [holds for g in grades for holds in g.values()], code["colours"](x).mean(dim=0).tolist()
+    return {"accuracy": round(sum(all(g.values()) for g in grades) / count, 4), "attributes": round(sum(single) / len(single), 4), "vividness": round(colours[0], 4), "off": round(colours[1], 4), "latent_std": round(z.std().item(), 4)}
 
 
 @recipe("06/sweep")
@@ -418,7 +418,7 @@ def sweep(weights=(0, 1, 2, 3, 5, 7.5, 10, 15), captions: int = 128, prompts: in
     def varieties(x):
         with torch.no_grad():
             features = judge.image_encoder(x)
-        return {"variety": round(code["variety"](features.unflatten(0, (prompts, seeds))), 4)}
+        return {"variety": round(code["variety"](features.unflatten(0, (prompts, seeds))), 4), "backgrounds": round(code["backgrounds"](x, prompts), 4)}
     real = torch.stack([torch.from_numpy(draw(scene_for(caption, random), 32)) for caption in many]).permute(0, 3, 1, 2) / 127.5 - 1
     truth, found, rows, tiles = varieties(real), {}, [], []
     first = round(denoised(model, test.captions[:8], 5.0, 0).std().item(), 4)
@@ -440,7 +440,7 @@ def first_latents_at_5(record):
 
 
 @recipe("06/dropout")
-def dropout(steps: int = 500, rates=(0.1, 0.0), captions: int = 128):
+def dropout(steps: int = 600, rates=(0.1, 0.0), captions: int = 128):
     """Two short U-Nets, that differ in how often the caption was dropped: errors with and without a caption, eight pictures each at w = 0, 1, 5; accuracy by w."""
     from ldm_minimal import UNet, train_denoiser
     from oracle import UNKNOWN, read

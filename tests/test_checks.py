@@ -98,6 +98,45 @@ WRONG |= {
 }
 
 
+def guided(unet, z, t, asked, empty, w):
+    n, a = unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([empty, asked])).chunk(2)
+    return n + w * (a - n)
+
+
+def in_interval(outside=1.0, inside=lambda t, low, high: (t >= low) & (t <= high)):
+    def limited(unet, z, t, context, w, low, high):
+        empty, asked = context.chunk(2)
+        return guided(unet, z, t, asked, empty, torch.where(inside(t, low, high), w, outside).view(-1, 1, 1, 1))
+    return limited
+
+
+def gaussian(m, s, S, w):
+    variance = 1 / (w / s**2 + (1 - w) / S**2)
+    return w * m / s**2 * variance, variance
+
+
+RIGHT |= {
+    "6.1a": [7.5, torch.tensor(7.5)], "6.1b": [400, 4 * 50 * 2.0],
+    "6.2": [guided, lambda u, z, t, a, n, w: (lambda e: e[3:] * w + (1 - w) * e[:3])(u(z.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([n, a])))],
+    "6.3": [gaussian, lambda m, s, S, w: (w * m * S**2 / (w * S**2 + (1 - w) * s**2), torch.tensor(s**2 * S**2 / (w * S**2 + (1 - w) * s**2)))],
+    "6.4": [lambda n, a, b, w: n + w * (a - n) + w * (b - n), lambda n, a, b, w: (1 - 2 * w) * n + w * (a + b)],
+    "6.5": [in_interval(), in_interval(inside=lambda t, low, high: (t > low) & (t < high)),
+            lambda u, z, t, c, w, low, high: torch.cat([guided(u, z[i:i + 1], t[i:i + 1], c[len(z) + i][None], c[i][None], w if low <= t[i] <= high else 1.0) for i in range(len(z))])],
+}
+WRONG |= {
+    "6.1a": [(6.5, "theirs"), (5.5, "other way round"), (8.5, "factor")], "6.1b": [(200, "empty half"), (100, "passes"), (50, "passes"), (800, "times")],
+    "6.2": [(lambda u, z, t, a, n, w: guided(u, z, t, n, a, w), "turned over"), (lambda u, z, t, a, n, w: u(z, t, n) + w * (u(z, t, a) - u(z, t, n)), "one batch"),
+            (lambda u, z, t, a, n, w: guided(u, z, t, a, n, w + 1), "Ho & Salimans"), (lambda u, z, t, a, n, w: u(torch.cat([z, z]), torch.cat([t, t]), torch.cat([n, a])), "shape"),
+            (lambda u, z, t, a, n, w: guided(u, z, t.flip(0), a, n, w), "its own t")],
+    "6.3": [(lambda m, s, S, w: (gaussian(m, s, S, w)[0], gaussian(m, s, S, w)[1] ** 0.5), "standard deviation"), (lambda m, s, S, w: (m, s**2 / w), "alone"),
+            (lambda m, s, S, w: (w * m, gaussian(m, s, S, w)[1]), "mean is not"), (lambda m, s, S, w: (m, s**2), "another"), (lambda m, s, S, w: (gaussian(m, s, S, w)[0], 1 / gaussian(m, s, S, w)[1]), "turn it over")],
+    "6.4": [(lambda n, a, b, w: n + w * (a + b - n), "both"), (lambda n, a, b, w: n + w * ((a + b) / 2 - n), "mean"), (lambda n, a, b, w: n + w * (a - n), "last two"),
+            (lambda n, a, b, w: n + w * (a - n) + n + w * (b - n), "last two")],
+    "6.5": [(in_interval(0.0), "unconditional"), (in_interval(inside=lambda t, low, high: (t < low) | (t > high)), "turned over"), (in_interval(inside=lambda t, low, high: t > 0), "its own t"),
+            (in_interval(inside=lambda t, low, high: (t[0] >= low) & (t[0] <= high)), "its own t"), (lambda u, z, t, c, w, low, high: u(torch.cat([z, z]), torch.cat([t, t]), c), "shape")],
+}
+
+
 def said(number, answer, capsys):
     check(number, answer)
     return capsys.readouterr().out.strip()
