@@ -25,6 +25,48 @@ def far(answer, expected, tolerance: float = 1e-4) -> bool:
     return answer.shape != expected.shape or not torch.allclose(answer, expected, rtol=tolerance, atol=1e-3 * tolerance)
 
 
+# ---- chapter 0: the whole trick --------------------------------------------------------------------------------------
+
+@exercise("0.1")
+def times_fewer(answer):
+    if not far(answer, 12, 1e-3):
+        return None
+    if not far(answer, 64, 1e-3):
+        return "those are the positions; a pixel has 3 numbers, a position of this latent 16"
+    return "count both: 3 x 1024 x 1024 numbers, and 16 for each of 128 x 128 positions"
+
+
+@exercise("0.2a")
+def passes_guided(answer):
+    return None if answer == 60 else "every step asks the U-Net twice, with the prompt and without"
+
+
+@exercise("0.2b")
+def passes_plain(answer):
+    return None if answer == 30 else "with guidance 1 a step asks the U-Net once"
+
+
+@exercise("0.3")
+def draw_from(answer):
+    from book import load_model
+    model, z = load_model(), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(11))
+    with torch.no_grad():
+        wanted = [picture(model, "a red circle", z, guidance) for guidance in (5.0, 7.5)]
+        got = answer(model, "a red circle", z.clone())
+    if tuple(got.shape) == (1, 3, 32, 32):
+        return "that is a batch of one, (1, 3, 32, 32); take its first picture"
+    if tuple(got.shape) != (3, 32, 32):
+        return f"the shape is {tuple(got.shape)}; a picture is (3, 32, 32): decode the last latent"
+    if not far(got, wanted[0], 0.01):
+        return None
+    return "that is guidance 7.5, what `denoise` does by itself" if not far(got, wanted[1], 0.01) else "the picture is another one; does it start from z, and is it the last step's latent that is decoded?"
+
+
+def picture(model, prompt, z, guidance):
+    *_, (_, z, _) = model.denoise([prompt], guidance=guidance, z=z)
+    return model.decode(z)[0]
+
+
 # ---- chapter 1: the noise schedule -----------------------------------------------------------------------------------
 
 def random_betas(T: int = 40, seed: int = 7) -> torch.Tensor:

@@ -121,6 +121,9 @@ def execute(number: str) -> None:
         notebook.metadata["measured"] = {"seconds": round(time.time() - started), "machine": machine(), "torch": torch.__version__}
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
+            drawn = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+            slide = "slide" if cell.source.startswith("#") and cell.cell_type == "markdown" else "subslide" if drawn else "-"
+            cell.metadata["slideshow"] = {"slide_type": slide}
         nbformat.write(notebook, path)
         print(f"{path.relative_to(HERE)}: {notebook.metadata['measured']['seconds']} s")
 

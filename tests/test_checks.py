@@ -21,6 +21,11 @@ def repaired(alpha_bars):
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
+def drawn(model, prompt, z, guidance=5.0, batch=False):
+    *_, (_, z, _) = model.denoise([prompt], guidance=guidance, z=z)
+    return model.decode(z) if batch else model.decode(z)[0]
+
+
 def slopes(loss, weight, keep=False):
     return torch.autograd.grad(loss, weight, retain_graph=True, create_graph=keep)[0].norm()
 
@@ -38,6 +43,10 @@ RIGHT |= {
     "2.2": [lambda x, v, a: (1 - a).sqrt() * x + a.sqrt() * v],
     "2.3": [lambda a: a / (1 - a), lambda a: 1 / (1 / a - 1)],
     "2.4": [lambda b: torch.cat([b[:1] * 0, (b[1:] * (1 - kept(b)[:-1]) / (1 - kept(b)[1:])).sqrt()])],
+}
+RIGHT |= {
+    "0.1": [12, 12.0, 3 * 1024**2 / (16 * 128**2)], "0.2a": [60], "0.2b": [30],
+    "0.3": [drawn, lambda m, p, z: m.decode(list(m.denoise([p], guidance=5.0, z=z))[-1][2])[0]],
 }
 RIGHT |= {
     "3.1": [48, 48.0, 16 * 256 * 256 * 3 / (4 * 32 * 32 * 16)],
@@ -73,6 +82,11 @@ WRONG |= {
     "2.3": [(lambda a: (1 - a) / a, "turned over"), (lambda a: (a / (1 - a)) ** 0.5, "its square"), (lambda a: 1 / (1 - a), "subtract")],
     "2.4": [(lambda b: b.sqrt(), "must be 0"), (lambda b: RIGHT["2.4"][0](b) ** 2, "take the root"), (lambda b: b[1:], "shape"),
             (lambda b: torch.cat([b[:1] * 0, b[1:].sqrt()]), "forwards"), (lambda b: torch.cat([b[:1] * 0, b[1:]]), "the step before")],
+}
+WRONG |= {
+    "0.1": [(48, "count both"), (64, "positions")], "0.2a": [(30, "twice"), (100, "twice")], "0.2b": [(60, "once"), (1, "once")],
+    "0.3": [(lambda m, p, z: drawn(m, p, z, 7.5), "7.5"), (lambda m, p, z: drawn(m, p, torch.zeros_like(z)), "start from z"),
+            (lambda m, p, z: drawn(m, p, z, batch=True), "batch of one"), (lambda m, p, z: z[0], "shape")],
 }
 WRONG |= {
     "3.1": [(256, "positions"), (1 / 48, "turned over"), (12, "count both")],
