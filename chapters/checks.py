@@ -307,6 +307,98 @@ def least_loss(answer):
     return None
 
 
+# ---- chapter 7: DDIM -------------------------------------------------------------------------------------------------
+
+@exercise("7.1")
+def evaluations(answer):
+    if not far(answer, 60):
+        return None
+    if not far(answer, 30):
+        return "those are the steps; guidance asks twice at each"
+    if not far(answer, 100):
+        return "that is the whole way from 999; the times above the start are left out"
+    return "count the times of fifty trailing steps that are not above 599, then how often each asks the U-Net"
+
+
+@exercise("7.2")
+def mix(answer):
+    random = torch.Generator().manual_seed(2)
+    noises, weights = torch.randn(3, 4, 8, 8, dtype=torch.float64, generator=random), torch.tensor([2.0, 1.0, -2.0], dtype=torch.float64)
+    got, plain = torch.as_tensor(answer(noises.clone(), weights.clone())), (weights[:, None, None, None] * noises).sum(dim=0)
+    if got.shape != plain.shape:
+        return f"the shape is {tuple(got.shape)}; it must be {tuple(plain.shape)}, one mixture"
+    if not far(got, plain / 3):
+        return None
+    if not far(got, plain) or not far(got, plain / weights.sum()):
+        return "the weighted sum is there, its variance is not 1: divide by what its standard deviation is"
+    if not far(got, plain / 9):
+        return "that divides by the variance; the standard deviation is its root"
+    if not far(got, plain / plain.std(), 0.2):
+        return "nearly: this fixes the length of every mixture, and noise has not one length; divide by a number that the weights alone give"
+    return "divide the weighted sum by its standard deviation; the variance of w n is w^2, and variances add"
+
+
+@exercise("7.3")
+def end_of_walk(answer):
+    for x, a, w in ((1.3, 0.2, 0.5), (-0.4, 0.7, 2.0)):
+        got, spread = float(answer(x, a, w)), (a * w * w + 1 - a) ** 0.5
+        if not far(got, a**0.5 * w * w / spread**2 * x):
+            return "that is the mean of x_0 given x_t, where one single step ends; the walk keeps x_t's place among the others"
+        if not far(got, w * x):
+            return "x_t has a spread of its own, sqrt(alpha_bar w^2 + 1 - alpha_bar): divide by it first"
+        if not far(got, a**0.5 * w * x / spread):
+            return "a factor sqrt(alpha_bar) too many: x_t itself, not x_t / sqrt(alpha_bar), has that spread"
+        if not far(got, w * x / spread**2):
+            return "that divides by the variance of x_t; its standard deviation is the root"
+        if far(got, w * x / spread):
+            return f"for x_t = {x}, alpha_bar = {a}, w = {w} it is another number; how many spreads of x_t is it from 0, and how many of the data must x_0 be?"
+    return None
+
+
+@exercise("7.4")
+def target(answer):
+    random = torch.Generator().manual_seed(4)
+    z, x_hat = torch.randn(2, 5, dtype=torch.float64, generator=random)
+    for a, a_after in ((0.2, 0.6), (0.5, 0.9), (0.3, 1.0)):
+        eps = (z - a**0.5 * x_hat) / (1 - a) ** 0.5
+        z_after = a_after**0.5 * x_hat + (1 - a_after) ** 0.5 * eps
+        got = answer(z, z_after, a, a_after)
+        if not far(got, eps):
+            return "that is the noise that the student should guess; its clean guess is asked for"
+        if a_after < 1 and not far(got, z_after):
+            return "the teacher's end is clean only if alpha_bar'' = 1; here it still holds noise"
+        if a_after < 1 and not far(got, z_after / a_after**0.5):
+            return "the noise in z'' has a mean of 0 over many, but not here: put eps_hat, written with x_0_hat and z, in its place"
+        if far(got, x_hat):
+            return f"with it, one step from alpha_bar = {a} does not arrive at z'' for alpha_bar'' = {a_after}"
+    return None
+
+
+@exercise("7.5")
+def two_step(answer):
+    from ldm_minimal import NoiseSchedule
+    w, alpha_bars, x = 0.5, NoiseSchedule("linear").alpha_bars, torch.tensor([1.0, -0.7, 0.2], dtype=torch.float64)
+    calls = []
+
+    def guess(x_t, t):
+        a = alpha_bars[int(t)]
+        calls.append(t)
+        return (1 - a) ** 0.5 * x_t / (a * w**2 + 1 - a)
+
+    def error(steps):
+        calls.clear()
+        got = torch.as_tensor(answer(guess, x.clone(), alpha_bars.clone(), list(range(999, -1, -1000 // steps))))
+        return (got - x * w / (alpha_bars[-1] * w**2 + 1 - alpha_bars[-1]) ** 0.5).abs().mean().item()
+    coarse, fine = error(20), error(100)
+    if len(calls) > 110:
+        return f"{len(calls)} guesses for 100 steps; keep the guess of the step before, and make one a step"
+    if not (coarse == coarse and fine == fine and coarse < 0.15):
+        return f"with 20 steps it ends {coarse:.3g} from the truth; plain DDIM ends 0.044 from it. Is the last alpha_bar 1, and h = s' - s?"
+    if fine > 2e-3:
+        return f"five times the steps make the error {coarse / fine:.1f} times smaller: still order 1, and order 2 makes it about 25 times. h / (2 h_0) times the change of the guess"
+    return None
+
+
 # ---- chapter 8: the full pipeline ------------------------------------------------------------------------------------
 
 @exercise("8.1")

@@ -338,6 +338,120 @@ def first_steps_at_unit_width(record):
     return [mean_of([next(training)[1]["mse"].item() for _ in range(20)])], record["variants"]["1"]["mse"][:1]
 
 
+# ---- chapter 7 ----
+
+def seen_in(picture: Tensor):
+    """The scene that the oracle sees in x (3, H, W)."""
+    from oracle import read
+    return read(((picture.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy())
+
+
+@recipe("07/steps")
+def fewer_steps(captions: int = 64, counts=(1000, 250, 50, 20, 10, 5, 2), guidance: float = 5.0):
+    """Prompt accuracy, and the distance from 1000 steps, against the number of steps; four captions drawn with some."""
+    from ldm_minimal import ddim_sample, ddim_timesteps, guided_eps
+    from ldm_minimal.__main__ import accuracy
+    code, model, test = chapter_code("07"), book.load_model(), book.load_data("test")
+    rows, code["schedule"] = test.rows[:captions], model.schedule                  # `skip`, with the model's own schedule
+    with torch.no_grad():
+        context = torch.cat([model.embed([""]).expand(captions, -1, -1), model.embed(test.captions[:captions])])
+        prepared = model.unet.prepare(context)
+    guess = torch.no_grad()(lambda z, t: guided_eps(model.unet, z, torch.full((len(z),), int(t[0]) if torch.is_tensor(t) else t), prepared, guidance))
+    start, other = torch.randn(2, captions, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def end(z=start, **settings):
+        *_, (_, z, _) = ddim_sample(guess, model.schedule, z, generator=torch.Generator().manual_seed(1), **settings)
+        return z
+    def skipped(n):
+        *_, z = code["skip"](guess, start, [t for t, _, _ in ddim_timesteps(model.schedule, n)], torch.Generator().manual_seed(1))
+        return z
+    ways = {"DDIM": (counts, lambda n: end(steps=n)), "DDIM, leading": (counts[1:], lambda n: end(steps=n, spacing="leading")),
+            "DDIM, $\\eta$ = 1": (counts, lambda n: end(steps=n, eta=1.0)), "DDPM, steps skipped": (counts[1:], skipped)}
+    found, drawn = {}, {}
+    for name, (numbers, way) in ways.items():
+        found[name] = {"steps": list(numbers), "accuracy": [], "distance": []}
+        for n in numbers:
+            drawn[name, n] = z = way(n)
+            with torch.no_grad():
+                found[name]["accuracy"].append(round(accuracy(model.decode(z), rows)["all"], 4))
+            found[name]["distance"].append(apart(z, drawn["DDIM", counts[0]]))
+            print(name, n, found[name]["accuracy"][-1], found[name]["distance"][-1])
+    some = slice(3, 7)
+    pictured = [("DDIM", n) for n in (counts[0], 20, 5, 2)] + [("DDPM, steps skipped", 50)]
+    with torch.no_grad():
+        tiles = torch.cat([model.decode(drawn[key][some]) for key in pictured])
+        ceiling = accuracy(model.decode(model.encode(test.pictures(slice(0, captions)))), rows)["all"]
+    return {"captions": captions, "guidance": guidance, "steps": list(counts), "ways": found, "another_seed": apart(end(other, steps=50), drawn["DDIM", 50]),
+            "ceiling": round(ceiling, 4), "prompts": test.captions[some], "pictured": [list(key) for key in pictured]}, tiles
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The root mean square of a - b, for latents of about unit variance; the mean over pictures."""
+    return round((a - b).square().mean(dim=(1, 2, 3)).sqrt().mean().item(), 4)
+
+
+@recipe("07/mix")
+def mixed_seeds(count: int = 256, mixed=(1, 2, 4, 16), steps: int = 20, prompt: str = "a large red heart"):
+    """What becomes of the backgrounds, which the prompt leaves open, where 2, 4 and 16 starts are averaged; straight, and put back on the shell."""
+    from oracle import grade_scene
+    model, noises = book.load_model(), torch.randn(count, max(mixed), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = {"straight": [], "on the shell": []}
+    for name in found:
+        for k in mixed:
+            z = noises[:, :k].mean(dim=1) * (1 if name == "straight" else k**0.5)
+            *_, (_, z, _) = model.denoise([prompt] * count, z=z, guidance=1.0, steps=steps)
+            with torch.no_grad():
+                x = model.decode(z)
+            scenes = [seen_in(picture) for picture in x]
+            holds = sum(all(grade_scene(scene, prompt).values()) for scene in scenes)
+            found[name].append({b: round(sum(scene.background == b for scene in scenes) / count, 4) for b in ("white", "cream", "grey", "black")}
+                               | {"accuracy": round(holds / count, 4)})
+            print(name, k, found[name][-1])
+    return {"count": count, "mixed": list(mixed), "prompt": prompt, "drawing_steps": steps, "shares": found}, None
+
+
+@recipe("07/start")
+def picture_to_picture(count: int = 64, starts=(50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999), guidance: float = 5.0):
+    """Another colour for real pictures, from each start: which part of the old picture is kept, which part of the new caption holds."""
+    from prepare import COLOURS, HELD_OUT
+    model, test, colours = book.load_model(), book.load_data("test"), list(COLOURS)
+    rows = [i for i, row in enumerate(test.rows) if len(row["scene"]["things"]) == 1][:count]
+    old, wanted = [test.rows[i]["scene"] for i in rows], []
+    for scene in old:
+        thing, place = scene["things"][0], colours.index(scene["things"][0]["colour"])
+        wanted.append(next(c for c in colours[place + 3:] + colours[:place] if (c, thing["shape"]) not in HELD_OUT))
+    prompts = [f"a {colour} {scene['things'][0]['shape']}" for colour, scene in zip(wanted, old)]
+    eps, found = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0)), {name: [] for name in ("new colour", "shape", "place", "size", "background")}
+    with torch.no_grad():
+        z = model.encode(test.pictures(torch.tensor(rows)))
+        for start in starts:
+            *_, (_, new, _) = model.denoise(prompts, z=model.schedule.add_noise(z, torch.full((count,), start), eps), start=start, guidance=guidance)
+            sums = dict.fromkeys(found, 0)
+            for picture, scene, colour in zip(model.decode(new), old, wanted):
+                was, now = scene["things"][0], seen_in(picture)
+                sums["background"] += now.background == scene["background"]
+                for thing in now.things[:1]:
+                    sums["new colour"] += thing.colour == colour
+                    sums["shape"] += thing.shape == was["shape"]
+                    sums["size"] += thing.size == was["size"]
+                    sums["place"] += max(abs(thing.x - was["x"]), abs(thing.y - was["y"])) < 0.1
+            for name in found:
+                found[name].append(round(sums[name] / count, 4))
+            print(start, sums)
+    return {"count": count, "starts": list(starts), "guidance": guidance, "shares": found}, None
+
+
+@probe("07/steps")
+def accuracy_of_five_steps(record):
+    """The same captions and starting noises, five steps of DDIM."""
+    from ldm_minimal.__main__ import accuracy
+    model, test, count = book.load_model(), book.load_data("test"), record["captions"]
+    start, _ = torch.randn(2, count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    *_, (_, z, _) = model.denoise(test.captions[:count], z=start, steps=5, guidance=record["guidance"])
+    with torch.no_grad():
+        return [accuracy(model.decode(z), test.rows[:count])["all"]], [record["ways"]["DDIM"]["accuracy"][record["steps"].index(5)]]
+
+
 # ---- chapter 8 ----
 
 @recipe("08/reference")

@@ -112,6 +112,63 @@ WRONG |= {
 }
 
 
+def leap(z, x_hat, a, b):
+    return b**0.5 * x_hat + (1 - b) ** 0.5 * (z - a**0.5 * x_hat) / (1 - a) ** 0.5
+
+
+def halfway(z, z_2, a, b):
+    r = ((1 - b) / (1 - a)) ** 0.5
+    return (z_2 - r * z) / (b**0.5 - r * a**0.5)
+
+
+def turning(much, twice=False, end=1.0):
+    """Exercise 7.5: Euler's step with `much` of the right correction; `twice`, Heun's with two guesses a step."""
+    def walk(guess, x, alpha_bars, times):
+        levels, before = [*alpha_bars[times].tolist(), end], None
+        for i, (t, a, b) in enumerate(zip(times, levels, levels[1:])):
+            eps, h = guess(x, t), ((1 - b) / b) ** 0.5 - ((1 - a) / a) ** 0.5
+            way = eps if before is None else eps + much * h / (2 * before[1]) * (eps - before[0])
+            if twice and i + 1 < len(times):
+                way = (eps + guess(b**0.5 * (x / a**0.5 + h * eps), times[i + 1])) / 2
+            x, before = b**0.5 * (x / a**0.5 + h * way), (eps, h)
+        return x
+    return walk
+
+
+def plain_ab(guess, x, alpha_bars, times):
+    """Exercise 7.5 as Stable Diffusion's PLMS has it: (3 eps - eps_before) / 2, as if all steps were equally long."""
+    levels, before = [*alpha_bars[times].tolist(), 1.0], None
+    for t, a, b in zip(times, levels, levels[1:]):
+        eps = guess(x, t)
+        way = eps if before is None else (3 * eps - before) / 2
+        x, before = leap(x, (x - (1 - a) ** 0.5 * way) / a**0.5, a, b), eps
+    return x
+
+
+def mixture(noises, weights):
+    return torch.tensordot(weights, noises, dims=1)
+
+
+RIGHT |= {
+    "7.1": [60, 60.0, 2 * len([599, *range(579, 0, -20)])],
+    "7.2": [lambda n, w: mixture(n, w) / w.norm(), lambda n, w: sum(a * b for a, b in zip(w, n)) / (w**2).sum().sqrt()],
+    "7.3": [lambda x, a, w: x * w / (a * w * w + 1 - a) ** 0.5, lambda x, a, w: torch.tensor(x) / (a + (1 - a) / w**2) ** 0.5],
+    "7.4": [halfway],
+    "7.5": [turning(1), plain_ab],
+}
+WRONG |= {
+    "7.1": [(30, "guidance asks twice"), (100, "whole way"), (58, "count the times"), (50, "count the times")],
+    "7.2": [(mixture, "variance is not 1"), (lambda n, w: mixture(n, w) / w.sum(), "variance is not 1"), (lambda n, w: mixture(n, w) / (w**2).sum(), "variance; "),
+            (lambda n, w: mixture(n, w) / mixture(n, w).std(), "nearly"), (lambda n, w: n * w[:, None, None, None], "shape"), (lambda n, w: n.sum(dim=0) / 3**0.5, "variances add")],
+    "7.3": [(lambda x, a, w: a**0.5 * w**2 * x / (a * w**2 + 1 - a), "one single step"), (lambda x, a, w: w * x, "spread of its own"),
+            (lambda x, a, w: a**0.5 * w * x / (a * w**2 + 1 - a) ** 0.5, "too many"), (lambda x, a, w: w * x / (a * w**2 + 1 - a), "variance of x_t"), (lambda x, a, w: x / a**0.5, "how many spreads")],
+    "7.4": [(lambda z, z_2, a, b: (z - a**0.5 * halfway(z, z_2, a, b)) / (1 - a) ** 0.5, "noise that the student"), (lambda z, z_2, a, b: z_2, "clean only if"),
+            (lambda z, z_2, a, b: z_2 / b**0.5, "mean of 0"), (lambda z, z_2, a, b: (z_2 - z) / (b**0.5 - a**0.5), "does not arrive")],
+    "7.5": [(turning(0), "still order 1"), (turning(-1), "order"), (turning(0.5), "still order 1"), (turning(1, twice=True), "one a step"), (turning(1, end=0.5), "last alpha_bar"),
+            (lambda guess, x, alpha_bars, times: x, "last alpha_bar")],
+}
+
+
 def said(number, answer, capsys):
     check(number, answer)
     return capsys.readouterr().out.strip()
