@@ -307,6 +307,90 @@ def least_loss(answer):
     return None
 
 
+# ---- chapter 5: cross-attention --------------------------------------------------------------------------------------
+
+@exercise("5.1")
+def times_as_many(answer):
+    if not far(answer, 4096 / 77, 0.01):
+        return None
+    if not far(answer, 77 / 4096, 0.01):
+        return "turned over: self-attention has the larger matrix"
+    if not far(answer, 64 / 77, 0.01):
+        return "64 is a side; count the places, 64 x 64"
+    if not far(answer, 4096, 0.01):
+        return "cross-attention has weights too: one for each place and token"
+    return "self-attention has a weight for each pair of places, cross-attention one for each place and token"
+
+
+@exercise("5.2")
+def most_frequent_pair(answer):
+    words = {("a", "b", "a", "b", "c</w>"): 3, ("x", "y</w>"): 5, ("q", "r", "s</w>"): 1, ("q", "r", "t</w>"): 1, ("q", "r", "u</w>"): 1}
+    again = {("ti", "n", "t</w>"): 4, ("n", "t</w>"): 3, ("ti", "p</w>"): 6}
+    got = answer(dict(words))
+    if isinstance(got, str) or len(got) != 2:
+        return f"that is {got!r}; give the two pieces of the pair, not what they are glued to"
+    if tuple(got) == ("q", "r"):
+        return "a word counts as often as it occurs, not once"
+    if tuple(got) == ("x", "y</w>"):
+        return "a pair that stands in a word twice counts twice"
+    if tuple(got) != ("a", "b"):
+        return f"that is {tuple(got)}; pairs are neighbours within a word, counted over all words"
+    return None if tuple(answer(dict(again))) == ("n", "t</w>") else "a piece may have several letters: pairs are of neighbouring pieces"
+
+
+@exercise("5.3")
+def attend_to_some(answer):
+    random = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, n, 4, dtype=torch.float64, generator=random) for n in (3, 6, 6))
+    keep = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 0, 1, 1, 1, 0]], dtype=torch.bool)
+    scores = q @ k.mT / 2
+
+    def of(scores, keep):
+        return scores.masked_fill(~keep[:, None], -torch.inf).softmax(-1) @ v
+    got = torch.as_tensor(answer(q.clone(), k.clone(), v.clone(), keep.clone()))
+    if not far(got, of(scores, keep)):
+        return None
+    if not far(got, of(scores, ~keep)):
+        return "it sees what it should not, and only that: keep is true where a token may be seen"
+    if not far(got, (scores.softmax(-1) * keep[:, None]) @ v):
+        return "the shares that are left do not add up to 1"
+    if not far(got, (scores * keep[:, None]).softmax(-1) @ v) or not far(got, (scores * keep[:, None]).softmax(-1) * keep[:, None] @ v):
+        return "a score of 0 still gets a share, for exp(0) is 1; what score gets none?"
+    if not far(got, of(scores * 2, keep)):
+        return "the root of d is missing"
+    return "padding gets a score of minus infinity, before the softmax" if got.shape == q.shape else f"the shape is {tuple(got.shape)}; it must be {tuple(q.shape)}"
+
+
+@exercise("5.4")
+def attend_in_blocks(answer):
+    random = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(n, 4, dtype=torch.float64, generator=random) for n in (3, 20, 20))
+
+    def blocks(k):
+        here = torch.empty(2, 5, 4, dtype=torch.float64)   # the one memory that all blocks share
+        for part in zip(k.split(5), v.split(5)):
+            here.copy_(torch.stack(part))
+            yield here[0], here[1]
+
+    def whole(k, v):
+        return (q @ k.mT / 2).softmax(-1) @ v
+    got, means = torch.as_tensor(answer(q.clone(), blocks(k))), torch.stack([whole(*part) for part in zip(k.split(5), v.split(5))])
+    if not far(got, whole(k, v)):
+        large = torch.as_tensor(answer(q.clone(), blocks(1000 * k)))
+        if not far(large, whole(1000 * k, v)):
+            return None
+        return "right while scores are small; with large ones exp overflows: subtract the largest score so far" if not large.isfinite().all() else "with large scores the result is another"
+    if not far(got, whole(k[-5:], v[-5:])):
+        return "that is the last block alone: its memory is used again, so take what you need before the next comes"
+    if not far(got, means.mean(0)) or not far(got, means.sum(0)):
+        return "the blocks do not count alike: keep sums of powers, and divide once at the end"
+    top = (q @ k.mT / 2).view(3, 4, 5).amax(2)
+    powers = torch.exp(q @ k.mT / 2 - top.cummax(1)[0].repeat_interleave(5, dim=1))
+    if not far(got, powers @ v / powers.sum(1, keepdim=True)):
+        return "when a block brings a larger score, both sums so far must shrink to the new one"
+    return "keep three things for each query: the largest score, the sum of the powers, the weighted sum of the values"
+
+
 # ---- chapter 7: DDIM -------------------------------------------------------------------------------------------------
 
 @exercise("7.1")

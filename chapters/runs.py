@@ -16,6 +16,7 @@ import base64
 import io
 import json
 import platform
+import random
 import re
 import sys
 import time
@@ -336,6 +337,90 @@ def first_steps_at_unit_width(record):
     model.unet = UNet(model.config.unet)
     training = train_denoiser(model, book.load_data("train"), replace(model.config.denoiser_stage, steps=record["steps"]), seed=0)
     return [mean_of([next(training)[1]["mse"].item() for _ in range(20)])], record["variants"]["1"]["mse"][:1]
+
+
+# ---- chapter 5 ----
+
+def things_of(count: int, things: int, skip: int = 0) -> list[dict]:
+    """Test scenes with so many things: rows of the metadata."""
+    rows = [row for row in book.load_data("test").rows if row["split"] == "test" and len(row["scene"]["things"]) == things]
+    return rows[skip:skip + count]
+
+
+@recipe("05/drawn")
+def attention_while_drawing(count: int = 64, steps: int = 50):
+    """Chapter 5: draw captions of one and of two things, read where these came to lie, and score every step's maps against that."""
+    code = chapter_code("05")
+    return {"steps": steps, "guidance": 3.0, "two": follow_maps(code, things_of(count, 2, skip=64), steps), "one": follow_maps(code, things_of(count, 1), steps)}, None
+
+
+def follow_maps(code: dict, rows: list[dict], steps: int) -> dict:
+    """{"t": of each step, "colour": the share of the colour words' maps in their discs, by layer and step, "colour, other": ...}"""
+    model, layers, film = code["model"], code["layers"], []
+    for layer in layers:
+        layer.keep_weights = True
+    for t, z, _ in model.denoise([row["text"] for row in rows], steps=steps, guidance=3.0, generator=torch.Generator().manual_seed(0)):
+        film.append((t, [layer.weights.chunk(2)[1].mean(dim=1) for layer in layers]))
+    scenes = [code["read"]((x.permute(1, 2, 0).numpy() + 1) / 2) for x in model.decode(z)]
+    found = [{(thing.colour, thing.shape): vars(thing) for thing in scene.things} for scene in scenes]
+    named = [code["named"](row) for row in rows]
+    wanted = [[(thing["colour"], thing["shape"]) for *_, thing in things] for things in named]
+    whole = [i for i, (have, want) in enumerate(zip(found, wanted)) if all(kind in have for kind in want)]  # drawn as asked
+    discs = {side: torch.stack([torch.stack([code["disc"](found[i][kind], side) for kind in wanted[i]], dim=1) for i in whole]) for side in (4, 8)}
+    others = {side: disc.flip(2) for side, disc in discs.items()}
+
+    def scores(places, discs):
+        return [[round(code["inside"](weights[i][whole], places[whole], discs[round(weights[i].shape[1] ** 0.5)]).mean().item(), 3) for _, weights in film]
+                for i in range(len(layers))]
+    words = dict(zip(("colour", "shape"), torch.tensor([[thing[:2] for thing in things] for things in named]).permute(2, 0, 1)))
+    return {"pictures": len(rows), "as asked": len(whole), "t": [t for t, _ in film], "area": round(discs[8].mean().item(), 4)} | {
+        kind + name: scores(places, which) for kind, places in words.items() for name, which in (("", discs), (", other", others))}
+
+
+@recipe("05/swap")
+def swapped_vectors(count: int = 64, steps: int = 25):
+    """Chapter 5: captions that differ in one word; a part of the other's vectors is put in; how often does the picture follow it?"""
+    code, what, follows = chapter_code("05"), ["colour 1", "shape 1", "colour 2", "shape 2", "background"], []
+    for kind in what:
+        first, second = code["pairs"](kind, count)
+        one, two = code["model"].embed(first), code["model"].embed(second)
+        places = code["parts"](first, second)
+        places["all but the word"] = ~places["the word itself"]
+        follows.append([])
+        for place in places.values():
+            drawn = code["draw"](torch.where(place[..., None], two, one), steps=steps)
+            follows[-1].append(sum(found[kind] for found in code["marks"](drawn, second)) / count)
+    return {"pictures": count, "steps": steps, "guidance": 3.0, "what": what, "parts": list(places), "follows": [[round(v, 3) for v in row] for row in follows]}, None
+
+
+@recipe("05/words")
+def contexts_spoilt(count: int = 256, steps: int = 25):
+    """Chapter 5: what pictures have right when the order of words is lost, or the padding is another's."""
+    code, rows = chapter_code("05"), things_of(count, 2, skip=64)
+    model, tokenizer, captions = code["model"], code["tokenizer"], [row["text"] for row in rows]
+    chance, place = random.Random(0), torch.arange(77)
+    shuffled = [" ".join(chance.sample(text.split(), len(text.split()))) for text in captions]
+    padding = (place > (tokenizer(captions) == tokenizer.end).int().argmax(dim=1, keepdim=True))[..., None]
+    plain, bag = model.embed(captions), code["model"].embed(shuffled)
+    contexts = {"as asked": plain, "words shuffled": bag, "padding: zeros": torch.where(padding, 0.0, plain),
+                "padding: of the empty caption": torch.where(padding, model.embed([""]), plain), "padding: of the next caption": torch.where(padding, plain.roll(1, dims=0), plain)}
+    model.text_encoder.position.weight.data.zero_()
+    contexts["positions forgotten"] = model.embed(captions)
+    share = []
+    for context in contexts.values():
+        with torch.no_grad():
+            found = code["marks"](torch.cat([code["draw"](part, steps=steps, seed=i) for i, part in enumerate(context.split(64))]), captions)
+        several = {"all of it": [all(marks.values()) for marks in found]} | {
+            name: [value for marks in found for key, value in marks.items() if key.startswith(name)] for name in ("count", "colour", "shape", "relation", "background")}
+        share.append([round(sum(values) / len(values), 3) for values in several.values()])
+    return {"pictures": count, "steps": steps, "guidance": 3.0, "contexts": list(contexts), "marks": list(several), "share": share}, None
+
+
+@probe("05/drawn")
+def one_thing_drawn(record):
+    """The captions of one thing, drawn again with all their maps."""
+    now = follow_maps(chapter_code("05"), things_of(record["one"]["pictures"], 1), record["steps"])
+    return [now["as asked"], now["colour"][-1][0]], [record["one"]["as asked"], record["one"]["colour"][-1][0]]
 
 
 # ---- chapter 7 ----

@@ -169,6 +169,63 @@ WRONG |= {
 }
 
 
+def most_frequent_pair(words, once=False):
+    count = {}
+    for pieces, times in words.items():
+        pairs = list(zip(pieces, pieces[1:]))
+        for pair in set(pairs) if once else pairs:
+            count[pair] = count.get(pair, 0) + times
+    return max(count, key=count.get)
+
+
+def attend_to_some(q, k, v, keep):
+    return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~keep[:, None], -torch.inf).softmax(-1) @ v
+
+
+def shares_renewed(q, k, v, keep):
+    shares = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) * keep[:, None]
+    return shares / shares.sum(-1, keepdim=True) @ v
+
+
+def whole_attention(q, k, v):
+    return (q @ k.T / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
+def attend_in_blocks(q, blocks, top=True, shrink=True, root=True):
+    largest, total, result = torch.full((len(q), 1), -torch.inf, dtype=q.dtype), 0.0, 0.0
+    for k, v in blocks:
+        scores = q @ k.T / (q.shape[-1] ** 0.5 if root else 1)
+        before, largest = largest, torch.maximum(largest, scores.amax(1, keepdim=True)) if top else 0 * largest.clamp(min=0)
+        factor, powers = (before - largest).exp() if shrink and top else 1.0, (scores - largest).exp()
+        total, result = factor * total + powers.sum(1, keepdim=True), factor * result + powers @ v
+    return result / total
+
+
+
+
+RIGHT |= {
+    "5.1": [4096 / 77, 53.2, 53, torch.tensor(53.19)],
+    "5.2": [most_frequent_pair, lambda words: list(most_frequent_pair(words))],
+    "5.3": [attend_to_some, lambda q, k, v, keep: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None]),
+            lambda q, k, v, keep: torch.stack([(a @ b[c].T / 2).softmax(1) @ d[c] for a, b, d, c in zip(q, k, v, keep)]).float(), shares_renewed],
+    "5.4": [attend_in_blocks, lambda q, blocks: whole_attention(q, *map(torch.cat, zip(*[(k.clone(), v.clone()) for k, v in blocks])))],
+}
+WRONG |= {
+    "5.1": [(77 / 4096, "turned over"), (64 / 77, "a side"), (4096, "weights too"), (4096**2, "each pair"), (48, "each pair")],
+    "5.2": [(lambda words: "ab", "pieces of the pair"), (lambda words: most_frequent_pair(dict.fromkeys(words, 1)), "as often as it occurs"),
+            (lambda words: most_frequent_pair(words, once=True), "twice"), (lambda words: ("b", "a"), "neighbours"),
+            (lambda words: most_frequent_pair({tuple("".join(w)): n for w, n in words.items()}), "neighbours"),
+            (lambda words: ("a", "b"), "several letters")],
+    "5.3": [(lambda q, k, v, keep: attend_to_some(q, k, v, ~keep), "only that"), (lambda q, k, v, keep: ((q @ k.mT / 2).softmax(-1) * keep[:, None]) @ v, "add up"),
+            (lambda q, k, v, keep: attend_to_some(q, k * keep[..., None], v, keep | True), "exp(0)"), (lambda q, k, v, keep: attend_to_some(2 * q, k, v, keep), "root"),
+            (lambda q, k, v, keep: attend_to_some(q, k, v, keep | True), "minus infinity"), (lambda q, k, v, keep: attend_to_some(q, k, v, keep)[0], "shape")],
+    "5.4": [(lambda q, blocks: whole_attention(q, *map(torch.cat, zip(*blocks))), "used again"),
+            (lambda q, blocks: torch.stack([whole_attention(q, k, v) for k, v in blocks]).mean(0), "alike"),
+            (lambda q, blocks: attend_in_blocks(q, blocks, top=False), "overflows"), (lambda q, blocks: attend_in_blocks(q, blocks, shrink=False), "must shrink"),
+            (lambda q, blocks: [next(blocks), q][1], "three things"), (lambda q, blocks: attend_in_blocks(q, blocks, root=False), "three things")],
+}
+
+
 def said(number, answer, capsys):
     check(number, answer)
     return capsys.readouterr().out.strip()
