@@ -68,15 +68,16 @@ def machine() -> str:
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):
         name = platform.processor() or platform.machine()
-    return f"{torch.get_num_threads()} threads of {name}"
+    return f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} of {name}"
 
 
 def make(name: str) -> None:
-    started = time.time()
+    started, worked = time.time(), time.process_time()
     torch.manual_seed(0)
     numbers, pictures = RECIPES[name]()
     record = {"command": f"python chapters/runs.py {name[:2]}", "seed": 0, "machine": machine(), "torch": torch.__version__,
-              "minutes": round((time.time() - started) / 60, 1)} | numbers
+              "minutes": round((time.time() - started) / 60, 1),
+              "cpu_minutes": round((time.process_time() - worked) / 60, 1)} | numbers
     folder = HERE / "runs" / name[:2]
     folder.mkdir(parents=True, exist_ok=True)
     (HERE / "runs" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -496,7 +497,7 @@ def mixed_seeds(count: int = 256, mixed=(1, 2, 4, 16), steps: int = 20, prompt: 
 
 
 @recipe("07/start")
-def picture_to_picture(count: int = 64, starts=(50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999), guidance: float = 5.0):
+def picture_to_picture(count: int = 64, starts=(50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999), guidances=(5.0, 1.0)):
     """Another colour for real pictures, from each start: which part of the old picture is kept, which part of the new caption holds."""
     from prepare import COLOURS, HELD_OUT
     model, test, colours = book.load_model(), book.load_data("test"), list(COLOURS)
@@ -506,24 +507,30 @@ def picture_to_picture(count: int = 64, starts=(50, 100, 200, 300, 400, 500, 600
         thing, place = scene["things"][0], colours.index(scene["things"][0]["colour"])
         wanted.append(next(c for c in colours[place + 3:] + colours[:place] if (c, thing["shape"]) not in HELD_OUT))
     prompts = [f"a {colour} {scene['things'][0]['shape']}" for colour, scene in zip(wanted, old)]
-    eps, found = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0)), {name: [] for name in ("new colour", "shape", "place", "size", "background")}
+    eps, shares = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0)), {}
     with torch.no_grad():
         z = model.encode(test.pictures(torch.tensor(rows)))
+    for guidance in guidances:
+        found = shares[f"{guidance:g}"] = {name: [] for name in ("new colour", "shape", "place", "size", "background")}
         for start in starts:
             *_, (_, new, _) = model.denoise(prompts, z=model.schedule.add_noise(z, torch.full((count,), start), eps), start=start, guidance=guidance)
-            sums = dict.fromkeys(found, 0)
-            for picture, scene, colour in zip(model.decode(new), old, wanted):
-                was, now = scene["things"][0], seen_in(picture)
-                sums["background"] += now.background == scene["background"]
-                for thing in now.things[:1]:
-                    sums["new colour"] += thing.colour == colour
-                    sums["shape"] += thing.shape == was["shape"]
-                    sums["size"] += thing.size == was["size"]
-                    sums["place"] += max(abs(thing.x - was["x"]), abs(thing.y - was["y"])) < 0.1
-            for name in found:
-                found[name].append(round(sums[name] / count, 4))
-            print(start, sums)
-    return {"count": count, "starts": list(starts), "guidance": guidance, "shares": found}, None
+            with torch.no_grad():
+                pictures = model.decode(new)
+            kept = [what_is_kept(seen_in(picture), scene, colour) for picture, scene, colour in zip(pictures, old, wanted)]
+            for name, values in zip(found, zip(*kept)):
+                found[name].append(round(sum(values) / count, 4))
+            print(guidance, start, {name: values[-1] for name, values in found.items()})
+    return {"count": count, "starts": list(starts), "shares": shares}, None
+
+
+def what_is_kept(now, old: dict, colour: str) -> tuple[bool, ...]:
+    """Is the first thing of the scene `now` of the new colour, and of the old shape, place and size, on the old background?"""
+    was, thing = old["things"][0], now.things[0] if now.things else None
+    same = now.background == old["background"]
+    if thing is None:
+        return False, False, False, False, same
+    near = max(abs(thing.x - was["x"]), abs(thing.y - was["y"])) < 0.1
+    return thing.colour == colour, thing.shape == was["shape"], bool(near), thing.size == was["size"], same
 
 
 @probe("07/steps")
