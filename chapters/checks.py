@@ -25,6 +25,48 @@ def far(answer, expected, tolerance: float = 1e-4) -> bool:
     return answer.shape != expected.shape or not torch.allclose(answer, expected, rtol=tolerance, atol=1e-3 * tolerance)
 
 
+# ---- chapter 0: the whole trick --------------------------------------------------------------------------------------
+
+@exercise("0.1")
+def times_fewer(answer):
+    if not far(answer, 12, 1e-3):
+        return None
+    if not far(answer, 64, 1e-3):
+        return "those are the positions; a pixel has 3 numbers, a position of this latent 16"
+    return "count both: 3 x 1024 x 1024 numbers, and 16 for each of 128 x 128 positions"
+
+
+@exercise("0.2a")
+def passes_guided(answer):
+    return None if answer == 60 else "every step asks the U-Net twice, with the prompt and without"
+
+
+@exercise("0.2b")
+def passes_plain(answer):
+    return None if answer == 30 else "with guidance 1 a step asks the U-Net once"
+
+
+@exercise("0.3")
+def draw_from(answer):
+    from book import load_model
+    model, z = load_model(), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(11))
+    with torch.no_grad():
+        wanted = [picture(model, "a red circle", z, guidance) for guidance in (5.0, 7.5)]
+        got = answer(model, "a red circle", z.clone())
+    if tuple(got.shape) == (1, 3, 32, 32):
+        return "that is a batch of one, (1, 3, 32, 32); take its first picture"
+    if tuple(got.shape) != (3, 32, 32):
+        return f"the shape is {tuple(got.shape)}; a picture is (3, 32, 32): decode the last latent"
+    if not far(got, wanted[0], 0.01):
+        return None
+    return "that is guidance 7.5, what `denoise` does by itself" if not far(got, wanted[1], 0.01) else "the picture is another one; does it start from z, and is it the last step's latent that is decoded?"
+
+
+def picture(model, prompt, z, guidance):
+    *_, (_, z, _) = model.denoise([prompt], guidance=guidance, z=z)
+    return model.decode(z)[0]
+
+
 # ---- chapter 1: the noise schedule -----------------------------------------------------------------------------------
 
 def random_betas(T: int = 40, seed: int = 7) -> torch.Tensor:
@@ -265,55 +307,88 @@ def least_loss(answer):
     return None
 
 
-# ---- chapter 8: the full pipeline ------------------------------------------------------------------------------------
+# ---- chapter 5: cross-attention --------------------------------------------------------------------------------------
 
-@exercise("8.1")
-def steps_needed(answer):
-    if 2301 <= float(answer) <= 2303:
+@exercise("5.1")
+def times_as_many(answer):
+    if not far(answer, 4096 / 77, 0.01):
         return None
-    return "that is where it has forgotten a share of 1/e of its start; 0.9 takes longer" if 990 < float(answer) < 1010 else "after n steps the average is 1 - 0.999^n"
+    if not far(answer, 77 / 4096, 0.01):
+        return "turned over: self-attention has the larger matrix"
+    if not far(answer, 64 / 77, 0.01):
+        return "64 is a side; count the places, 64 x 64"
+    if not far(answer, 4096, 0.01):
+        return "cross-attention has weights too: one for each place and token"
+    return "self-attention has a weight for each pair of places, cross-attention one for each place and token"
 
 
-@exercise("8.2")
-def ema_step(answer):
-    old, new = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0])
-    for step, decay in ((0, 0.999), (5, 0.999), (100_000, 0.99), (40, 0.6)):
-        d = min(decay, (1 + step) / (10 + step))
-        got = answer(old.clone(), new.clone(), step, decay)
-        if not far(got, (1 - d) * old + d * new):
-            return "turned over: the decay is the share of the old average that stays"
-        if far(got, d * old + (1 - d) * new):
-            if not far(got, decay * old + (1 - decay) * new):
-                return "without the warm-up: early on, the decay must be smaller"
-            return f"at step {step} with decay {decay} it is another average; decay is the smaller of the two"
-    return None
+@exercise("5.2")
+def most_frequent_pair(answer):
+    words = {("a", "b", "a", "b", "c</w>"): 3, ("x", "y</w>"): 5, ("q", "r", "s</w>"): 1, ("q", "r", "t</w>"): 1, ("q", "r", "u</w>"): 1}
+    again = {("ti", "n", "t</w>"): 4, ("n", "t</w>"): 3, ("ti", "p</w>"): 6}
+    got = answer(dict(words))
+    if isinstance(got, str) or len(got) != 2:
+        return f"that is {got!r}; give the two pieces of the pair, not what they are glued to"
+    if tuple(got) == ("q", "r"):
+        return "a word counts as often as it occurs, not once"
+    if tuple(got) == ("x", "y</w>"):
+        return "a pair that stands in a word twice counts twice"
+    if tuple(got) != ("a", "b"):
+        return f"that is {tuple(got)}; pairs are neighbours within a word, counted over all words"
+    return None if tuple(answer(dict(again))) == ("n", "t</w>") else "a piece may have several letters: pairs are of neighbouring pieces"
 
 
-@exercise("8.3")
-def prompt_accuracy(answer):
-    grades = [{"colour 1": True, "shape 1": True}, {"colour 1": True, "shape 1": False, "relation": True}, {"colour 1": True}, {"shape 1": True, "size 1": True}]
-    got = float(answer([dict(g) for g in grades]))
-    if not far(got, 0.75):
+@exercise("5.3")
+def attend_to_some(answer):
+    random = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, n, 4, dtype=torch.float64, generator=random) for n in (3, 6, 6))
+    keep = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 0, 1, 1, 1, 0]], dtype=torch.bool)
+    scores = q @ k.mT / 2
+
+    def of(scores, keep):
+        return scores.masked_fill(~keep[:, None], -torch.inf).softmax(-1) @ v
+    got = torch.as_tensor(answer(q.clone(), k.clone(), v.clone(), keep.clone()))
+    if not far(got, of(scores, keep)):
         return None
-    if not far(got, 7 / 8):
-        return "that is the share of attributes; a picture counts only if all of its attributes hold"
-    return "that is in per cent; give a number between 0 and 1" if not far(got, 75.0) else "here three pictures of four are entirely right"
+    if not far(got, of(scores, ~keep)):
+        return "it sees what it should not, and only that: keep is true where a token may be seen"
+    if not far(got, (scores.softmax(-1) * keep[:, None]) @ v):
+        return "the shares that are left do not add up to 1"
+    if not far(got, (scores * keep[:, None]).softmax(-1) @ v) or not far(got, (scores * keep[:, None]).softmax(-1) * keep[:, None] @ v):
+        return "a score of 0 still gets a share, for exp(0) is 1; what score gets none?"
+    if not far(got, of(scores * 2, keep)):
+        return "the root of d is missing"
+    return "padding gets a score of minus infinity, before the softmax" if got.shape == q.shape else f"the shape is {tuple(got.shape)}; it must be {tuple(q.shape)}"
 
 
-@exercise("8.4")
-def nearest(answer):
-    random = torch.Generator().manual_seed(2)
-    training = torch.rand(40, 3, 8, 8, generator=random) * 2 - 1
-    wanted = torch.tensor([31, 4, 17])
-    drawn = training[wanted] + 0.3 * torch.randn(3, 3, 8, 8, generator=random)
-    training[7] *= 0.01                                                 # small, so nearest to 0 and the largest product with nobody
-    training[22] = 3 * training[31]                                     # the same direction as the first, and far away
-    got = torch.as_tensor(answer(drawn.clone(), training.clone()))
-    if tuple(got.shape) != (3,):
-        return f"the shape is {tuple(got.shape)}; one row number for each drawn picture is (3,)"
-    if not far(got, wanted):
-        return None
-    return "those are the farthest, not the nearest" if not far(got, torch.cdist(drawn.flatten(1), training.flatten(1)).argmax(dim=1)) else "others are nearer; sum the squared differences over all 3 x H x W numbers"
+@exercise("5.4")
+def attend_in_blocks(answer):
+    random = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(n, 4, dtype=torch.float64, generator=random) for n in (3, 20, 20))
+
+    def blocks(k):
+        here = torch.empty(2, 5, 4, dtype=torch.float64)   # the one memory that all blocks share
+        for part in zip(k.split(5), v.split(5)):
+            here.copy_(torch.stack(part))
+            yield here[0], here[1]
+
+    def whole(k, v):
+        return (q @ k.mT / 2).softmax(-1) @ v
+    got, means = torch.as_tensor(answer(q.clone(), blocks(k))), torch.stack([whole(*part) for part in zip(k.split(5), v.split(5))])
+    if not far(got, whole(k, v)):
+        large = torch.as_tensor(answer(q.clone(), blocks(1000 * k)))
+        if not far(large, whole(1000 * k, v)):
+            return None
+        return "right while scores are small; with large ones exp overflows: subtract the largest score so far" if not large.isfinite().all() else "with large scores the result is another"
+    if not far(got, whole(k[-5:], v[-5:])):
+        return "that is the last block alone: its memory is used again, so take what you need before the next comes"
+    if not far(got, means.mean(0)) or not far(got, means.sum(0)):
+        return "the blocks do not count alike: keep sums of powers, and divide once at the end"
+    top = (q @ k.mT / 2).view(3, 4, 5).amax(2)
+    powers = torch.exp(q @ k.mT / 2 - top.cummax(1)[0].repeat_interleave(5, dim=1))
+    if not far(got, powers @ v / powers.sum(1, keepdim=True)):
+        return "when a block brings a larger score, both sums so far must shrink to the new one"
+    return "keep three things for each query: the largest score, the sum of the powers, the weighted sum of the values"
 
 
 # ---- chapter 6: guidance ---------------------------------------------------------------------------------------------
@@ -416,3 +491,146 @@ def in_an_interval(answer):
     if not far(got, full) or not far(got, a):
         return "all rows came out alike; each row has its own t"
     return None if not far(got, torch.where(inside, full, a)) else "w where low <= t <= high, 1 elsewhere, row by row, in the formula of 6.1"
+
+
+# ---- chapter 7: DDIM -------------------------------------------------------------------------------------------------
+
+@exercise("7.1")
+def evaluations(answer):
+    if not far(answer, 60):
+        return None
+    if not far(answer, 30):
+        return "those are the steps; guidance asks twice at each"
+    if not far(answer, 100):
+        return "that is the whole way from 999; the times above the start are left out"
+    return "count the times of fifty trailing steps that are not above 599, then how often each asks the U-Net"
+
+
+@exercise("7.2")
+def mix(answer):
+    random = torch.Generator().manual_seed(2)
+    noises, weights = torch.randn(3, 4, 8, 8, dtype=torch.float64, generator=random), torch.tensor([2.0, 1.0, -2.0], dtype=torch.float64)
+    got, plain = torch.as_tensor(answer(noises.clone(), weights.clone())), (weights[:, None, None, None] * noises).sum(dim=0)
+    if got.shape != plain.shape:
+        return f"the shape is {tuple(got.shape)}; it must be {tuple(plain.shape)}, one mixture"
+    if not far(got, plain / 3):
+        return None
+    if not far(got, plain) or not far(got, plain / weights.sum()):
+        return "the weighted sum is there, its variance is not 1: divide by what its standard deviation is"
+    if not far(got, plain / 9):
+        return "that divides by the variance; the standard deviation is its root"
+    if not far(got, plain / plain.std(), 0.2):
+        return "nearly: this fixes the length of every mixture, and noise has not one length; divide by a number that the weights alone give"
+    return "divide the weighted sum by its standard deviation; the variance of w n is w^2, and variances add"
+
+
+@exercise("7.3")
+def end_of_walk(answer):
+    for x, a, w in ((1.3, 0.2, 0.5), (-0.4, 0.7, 2.0)):
+        got, spread = float(answer(x, a, w)), (a * w * w + 1 - a) ** 0.5
+        if not far(got, a**0.5 * w * w / spread**2 * x):
+            return "that is the mean of x_0 given x_t, where one single step ends; the walk keeps x_t's place among the others"
+        if not far(got, w * x):
+            return "x_t has a spread of its own, sqrt(alpha_bar w^2 + 1 - alpha_bar): divide by it first"
+        if not far(got, a**0.5 * w * x / spread):
+            return "a factor sqrt(alpha_bar) too many: x_t itself, not x_t / sqrt(alpha_bar), has that spread"
+        if not far(got, w * x / spread**2):
+            return "that divides by the variance of x_t; its standard deviation is the root"
+        if far(got, w * x / spread):
+            return f"for x_t = {x}, alpha_bar = {a}, w = {w} it is another number; how many spreads of x_t is it from 0, and how many of the data must x_0 be?"
+    return None
+
+
+@exercise("7.4")
+def target(answer):
+    random = torch.Generator().manual_seed(4)
+    z, x_hat = torch.randn(2, 5, dtype=torch.float64, generator=random)
+    for a, a_after in ((0.2, 0.6), (0.5, 0.9), (0.3, 1.0)):
+        eps = (z - a**0.5 * x_hat) / (1 - a) ** 0.5
+        z_after = a_after**0.5 * x_hat + (1 - a_after) ** 0.5 * eps
+        got = answer(z, z_after, a, a_after)
+        if not far(got, eps):
+            return "that is the noise that the student should guess; its clean guess is asked for"
+        if a_after < 1 and not far(got, z_after):
+            return "the teacher's end is clean only if alpha_bar'' = 1; here it still holds noise"
+        if a_after < 1 and not far(got, z_after / a_after**0.5):
+            return "the noise in z'' has a mean of 0 over many, but not here: put eps_hat, written with x_0_hat and z, in its place"
+        if far(got, x_hat):
+            return f"with it, one step from alpha_bar = {a} does not arrive at z'' for alpha_bar'' = {a_after}"
+    return None
+
+
+@exercise("7.5")
+def two_step(answer):
+    from ldm_minimal import NoiseSchedule
+    w, alpha_bars, x = 0.5, NoiseSchedule("linear").alpha_bars, torch.tensor([1.0, -0.7, 0.2], dtype=torch.float64)
+    calls = []
+
+    def guess(x_t, t):
+        a = alpha_bars[int(t)]
+        calls.append(t)
+        return (1 - a) ** 0.5 * x_t / (a * w**2 + 1 - a)
+
+    def error(steps):
+        calls.clear()
+        got = torch.as_tensor(answer(guess, x.clone(), alpha_bars.clone(), list(range(999, -1, -1000 // steps))))
+        return (got - x * w / (alpha_bars[-1] * w**2 + 1 - alpha_bars[-1]) ** 0.5).abs().mean().item()
+    coarse, fine = error(20), error(100)
+    if len(calls) > 110:
+        return f"{len(calls)} guesses for 100 steps; keep the guess of the step before, and make one a step"
+    if not (coarse == coarse and fine == fine and coarse < 0.15):
+        return f"with 20 steps it ends {coarse:.3g} from the truth; plain DDIM ends 0.044 from it. Is the last alpha_bar 1, and h = s' - s?"
+    if fine > 2e-3:
+        return f"five times the steps make the error {coarse / fine:.1f} times smaller: still order 1, and order 2 makes it about 25 times. h / (2 h_0) times the change of the guess"
+    return None
+
+
+# ---- chapter 8: the full pipeline ------------------------------------------------------------------------------------
+
+@exercise("8.1")
+def steps_needed(answer):
+    if 2301 <= float(answer) <= 2303:
+        return None
+    return "that is where it has forgotten a share of 1/e of its start; 0.9 takes longer" if 990 < float(answer) < 1010 else "after n steps the average is 1 - 0.999^n"
+
+
+@exercise("8.2")
+def ema_step(answer):
+    old, new = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0])
+    for step, decay in ((0, 0.999), (5, 0.999), (100_000, 0.99), (40, 0.6)):
+        d = min(decay, (1 + step) / (10 + step))
+        got = answer(old.clone(), new.clone(), step, decay)
+        if not far(got, (1 - d) * old + d * new):
+            return "turned over: the decay is the share of the old average that stays"
+        if far(got, d * old + (1 - d) * new):
+            if not far(got, decay * old + (1 - decay) * new):
+                return "without the warm-up: early on, the decay must be smaller"
+            return f"at step {step} with decay {decay} it is another average; decay is the smaller of the two"
+    return None
+
+
+@exercise("8.3")
+def prompt_accuracy(answer):
+    grades = [{"colour 1": True, "shape 1": True}, {"colour 1": True, "shape 1": False, "relation": True}, {"colour 1": True}, {"shape 1": True, "size 1": True}]
+    got = float(answer([dict(g) for g in grades]))
+    if not far(got, 0.75):
+        return None
+    if not far(got, 7 / 8):
+        return "that is the share of attributes; a picture counts only if all of its attributes hold"
+    return "that is in per cent; give a number between 0 and 1" if not far(got, 75.0) else "here three pictures of four are entirely right"
+
+
+@exercise("8.4")
+def nearest(answer):
+    random = torch.Generator().manual_seed(2)
+    training = torch.rand(40, 3, 8, 8, generator=random) * 2 - 1
+    wanted = torch.tensor([31, 4, 17])
+    drawn = training[wanted] + 0.3 * torch.randn(3, 3, 8, 8, generator=random)
+    training[7] *= 0.01                                                 # small, so nearest to 0 and the largest product with nobody
+    training[22] = 3 * training[31]                                     # the same direction as the first, and far away
+    got = torch.as_tensor(answer(drawn.clone(), training.clone()))
+    if tuple(got.shape) != (3,):
+        return f"the shape is {tuple(got.shape)}; one row number for each drawn picture is (3,)"
+    if not far(got, wanted):
+        return None
+    return "those are the farthest, not the nearest" if not far(got, torch.cdist(drawn.flatten(1), training.flatten(1)).argmax(dim=1)) else "others are nearer; sum the squared differences over all 3 x H x W numbers"

@@ -12,8 +12,11 @@ pictures, runs/NN/NAME.png, all of them in one row of 32 x 32 tiles. `book.resul
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import platform
+import random
 import re
 import sys
 import time
@@ -65,15 +68,16 @@ def machine() -> str:
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):
         name = platform.processor() or platform.machine()
-    return f"{torch.get_num_threads()} threads of {name}"
+    return f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} of {name}"
 
 
 def make(name: str) -> None:
-    started = time.time()
+    started, worked = time.time(), time.process_time()
     torch.manual_seed(0)
     numbers, pictures = RECIPES[name]()
     record = {"command": f"python chapters/runs.py {name[:2]}", "seed": 0, "machine": machine(), "torch": torch.__version__,
-              "minutes": round((time.time() - started) / 60, 1)} | numbers
+              "minutes": round((time.time() - started) / 60, 1),
+              "cpu_minutes": round((time.process_time() - worked) / 60, 1)} | numbers
     folder = HERE / "runs" / name[:2]
     folder.mkdir(parents=True, exist_ok=True)
     (HERE / "runs" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -110,6 +114,14 @@ def repeat() -> list[str]:
     return wrong
 
 
+def smaller(png: str) -> str:
+    """A stored figure, base64, with 256 colours: about a third of the bytes, and no difference that one sees."""
+    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
+        file = io.BytesIO()
+        image.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def execute(number: str) -> None:
     """Run a chapter and its solutions from a clean kernel and keep the outputs, without timestamps; metadata says how long it took."""
     import nbformat
@@ -121,18 +133,24 @@ def execute(number: str) -> None:
         notebook.metadata["measured"] = {"seconds": round(time.time() - started), "machine": machine(), "torch": torch.__version__}
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
+            drawn = [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+            for output in drawn:
+                output["data"]["image/png"] = smaller(output["data"]["image/png"])
+            slide = "slide" if cell.source.startswith("#") and cell.cell_type == "markdown" else "subslide" if drawn else "-"
+            cell.metadata["slideshow"] = {"slide_type": slide}
         nbformat.write(notebook, path)
         print(f"{path.relative_to(HERE)}: {notebook.metadata['measured']['seconds']} s")
 
 
 def minutes() -> str:
-    """A row for each chapter: seconds of it and of its solutions, as the executed notebooks say."""
-    rows = []
+    """The README's table of chapters: question, minutes of the chapter and of its solutions, as the executed notebooks say."""
+    rows = ["| chapter | question | minutes | solutions |", "|---|---|---|---|"]
     for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
-        seconds = [json.loads(p.read_text(encoding="utf-8"))["metadata"]["measured"]["seconds"] for p in (path, HERE / "solutions" / path.name)]
-        title = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"][0].removeprefix("# ").strip()
-        rows.append(f"| {title} | {seconds[0] / 60:.1f} | {seconds[1] / 60:.1f} |")
-    return "| chapter | minutes | its solutions |\n|---|---|---|\n" + "\n".join(rows)
+        notebook, solved = (json.loads(p.read_text(encoding="utf-8")) for p in (path, HERE / "solutions" / path.name))
+        title, question = re.match(r"# (.*?)\n\n\*\*(.*?)\*\*", "".join(notebook["cells"][0]["source"])).groups()
+        took = [f"{n['metadata']['measured']['seconds'] / 60:.1f}" for n in (notebook, solved)]
+        rows.append(f"| [{title}](chapters/{path.name}) | {question} | {took[0]} | {took[1]} |")
+    return "\n".join(rows)
 
 
 def legible(x: Tensor, captions: list[str]) -> float:
@@ -229,6 +247,24 @@ def losses(steps: int = 1200, every: int = 20):
     return {"steps": steps, "at": list(range(every // 2, steps, every)), "variants": found}, torch.cat(tiles)
 
 
+@recipe("03/fixed")
+def fixed_weight(steps: int = 1200, every: int = 20, weight: float = 5000.0):
+    """The adversary from the first step, and its weight not adapted but fixed: the run of section 3.7 that breaks."""
+    from ldm_minimal import SHAPES, Autoencoder, PatchDiscriminator, PerceptualLoss, autoencoder_loss
+    code, data, test = chapter_code("03"), book.load_data("train"), book.load_data("test")
+    seen = PerceptualLoss(book.load_model().image_encoder.requires_grad_(False).features)
+
+    def objective(x, x_hat, posterior, adversary):
+        loss, parts = autoencoder_loss(x, x_hat, posterior, seen, perceptual_weight=SHAPES.perceptual_weight)
+        return loss + SHAPES.adversarial_weight * weight * -adversary(x_hat).mean(), parts
+    torch.manual_seed(0)
+    net = Autoencoder(SHAPES.autoencoder)
+    parts = list(code["train"](net, drawing(data), steps, objective, PatchDiscriminator(32, 2), 0))
+    scores, x_hat = restored_scores(net.eval(), code, test.pictures(slice(0, 256)), test.captions[:256])
+    curves = {key: [mean_of([p[key] for p in parts[i:i + every]]) for i in range(0, steps, every)] for key in ("l1", "discriminator")}
+    return {"steps": steps, "weight": weight, "curves": curves} | scores, x_hat[:6]
+
+
 def mean_of(values: list[float]) -> float | None:
     return float(f"{sum(values) / len(values):.4g}") if values else None
 
@@ -244,14 +280,16 @@ def first_steps_of_l1(record):
 
 @recipe("03/kl")
 def kl_sweep(steps: int = 800, weights=(1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)):
-    """The same autoencoder, L1 and KL only, with the KL's weight from a millionth up; five restored pictures and five from noise each."""
-    from ldm_minimal import SHAPES, Autoencoder, autoencoder_loss
+    """The same autoencoder, L1 + perceptual + KL, the KL's weight from a millionth up; five restored pictures and five from noise each."""
+    from ldm_minimal import SHAPES, Autoencoder, PerceptualLoss, autoencoder_loss
     code, data, test = chapter_code("03"), book.load_data("train"), book.load_data("test")
     x, noise, found, tiles = test.pictures(slice(0, 256)), torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0)), {}, []
+    seen = PerceptualLoss(book.load_model().image_encoder.requires_grad_(False).features)
     for weight in weights:
         torch.manual_seed(0)
         net = Autoencoder(SHAPES.autoencoder)
-        for _ in code["train"](net, drawing(data), steps, partial(autoencoder_loss, kl_weight=weight)):
+        objective = partial(autoencoder_loss, perceptual=seen, kl_weight=weight, perceptual_weight=SHAPES.perceptual_weight)
+        for _ in code["train"](net, drawing(data), steps, objective):
             pass
         scores, x_hat = restored_scores(net.eval(), code, x, test.captions[:256])
         found[f"{weight:g}"] = scores
@@ -302,73 +340,88 @@ def first_steps_at_unit_width(record):
     return [mean_of([next(training)[1]["mse"].item() for _ in range(20)])], record["variants"]["1"]["mse"][:1]
 
 
-# ---- chapter 8 ----
+# ---- chapter 5 ----
 
-@recipe("08/reference")
-def reference(seeds: int = 5, steps=(60, 150, 100), window: int = 10):
-    """The chapter's short recipe with other seeds than its own: mean losses of every ten steps, (seeds, steps / 10) a stage."""
-    code, data, found = chapter_code("08"), book.load_data("train"), {"clip": [], "autoencoder": [], "denoiser": []}
-    for seed in range(1, seeds + 1):
-        losses = {stage: [] for stage in found}
-        for stage, _, parts in code["whole_recipe"](code["new_model"](data, seed, adversarial_start=100), data, seed, steps):
-            losses[stage].append(parts[{"clip": "clip", "autoencoder": "l1", "denoiser": "mse"}[stage]].item())
-        for stage, values in losses.items():
-            found[stage].append([float(f"{v:.4g}") for v in torch.tensor(values).view(-1, window).mean(dim=1).tolist()])
-        print(seed, {stage: rows[-1][-1] for stage, rows in found.items()})
-    return {"seeds": list(range(1, seeds + 1)), "runs": found}, None
+def things_of(count: int, things: int, skip: int = 0) -> list[dict]:
+    """Test scenes with so many things: rows of the metadata."""
+    rows = [row for row in book.load_data("test").rows if row["split"] == "test" and len(row["scene"]["things"]) == things]
+    return rows[skip:skip + count]
 
 
-@probe("08/reference")
-def first_losses_of_seed_1(record):
-    """CLIP's first twenty steps."""
-    code, data = chapter_code("08"), book.load_data("train")
-    training = code["whole_recipe"](code["new_model"](data, 1, adversarial_start=100), data, 1, (60, 150, 100))
-    losses = [next(training)[2]["clip"].item() for _ in range(20)]
-    return [mean_of(losses[:10]), mean_of(losses[10:])], record["runs"]["clip"][0][:2]
+@recipe("05/drawn")
+def attention_while_drawing(count: int = 64, steps: int = 50):
+    """Chapter 5: draw captions of one and of two things, read where these came to lie, and score every step's maps against that."""
+    code = chapter_code("05")
+    return {"steps": steps, "guidance": 3.0, "two": follow_maps(code, things_of(count, 2, skip=64), steps), "one": follow_maps(code, things_of(count, 1), steps)}, None
 
 
-def held_out_error(model, unet, z, context) -> float:
-    """Mean squared error in eps on held-out latents, at twenty times, always with the same noise."""
-    noise, errors = torch.Generator().manual_seed(1), []
-    with torch.no_grad():
-        for t in range(25, 1000, 50):
-            eps = torch.randn(z.shape, generator=noise)
-            errors.append((unet(model.schedule.add_noise(z, torch.full((len(z),), t), eps), torch.full((len(z),), t), context) - eps).square().mean().item())
-    return float(f"{sum(errors) / len(errors):.4g}")
+def follow_maps(code: dict, rows: list[dict], steps: int) -> dict:
+    """{"t": of each step, "colour": the share of the colour words' maps in their discs, by layer and step, "colour, other": ...}"""
+    model, layers, film = code["model"], code["layers"], []
+    for layer in layers:
+        layer.keep_weights = True
+    for t, z, _ in model.denoise([row["text"] for row in rows], steps=steps, guidance=3.0, generator=torch.Generator().manual_seed(0)):
+        film.append((t, [layer.weights.chunk(2)[1].mean(dim=1) for layer in layers]))
+    scenes = [code["read"]((x.permute(1, 2, 0).numpy() + 1) / 2) for x in model.decode(z)]
+    found = [{(thing.colour, thing.shape): vars(thing) for thing in scene.things} for scene in scenes]
+    named = [code["named"](row) for row in rows]
+    wanted = [[(thing["colour"], thing["shape"]) for *_, thing in things] for things in named]
+    whole = [i for i, (have, want) in enumerate(zip(found, wanted)) if all(kind in have for kind in want)]  # drawn as asked
+    discs = {side: torch.stack([torch.stack([code["disc"](found[i][kind], side) for kind in wanted[i]], dim=1) for i in whole]) for side in (4, 8)}
+    others = {side: disc.flip(2) for side, disc in discs.items()}
+
+    def scores(places, discs):
+        return [[round(code["inside"](weights[i][whole], places[whole], discs[round(weights[i].shape[1] ** 0.5)]).mean().item(), 3) for _, weights in film]
+                for i in range(len(layers))]
+    words = dict(zip(("colour", "shape"), torch.tensor([[thing[:2] for thing in things] for things in named]).permute(2, 0, 1)))
+    return {"pictures": len(rows), "as asked": len(whole), "t": [t for t, _ in film], "area": round(discs[8].mean().item(), 4)} | {
+        kind + name: scores(places, which) for kind, places in words.items() for name, which in (("", discs), (", other", others))}
 
 
-@recipe("08/ema")
-def ema(steps: int = 500, every: int = 25):
-    """One U-Net on the shipped latents: held-out error of the weights of the step and of their average."""
-    from ldm_minimal import UNet, train_denoiser
-    model, data, test = book.load_model(), book.load_data("train"), book.load_data("test")
-    torch.manual_seed(0)
-    model.unet = UNet(model.config.unet)
-    with torch.no_grad():
-        z, context = model.encode(test.pictures(slice(0, 64))), model.embed(test.captions[:64])
-    parts, at, raw, average = {}, [], [], []
-    for step, _ in train_denoiser(model, data, replace(model.config.denoiser_stage, steps=2 * steps), resume=lambda p: parts.update(p) or 0):
-        if step % every == 0:
-            at.append(step)
-            raw.append(held_out_error(model, parts["unet"], z, context))
-            average.append(held_out_error(model, parts["ema"], z, context))
-            if step == steps:  # half way of its schedule, where the rate is still high
-                break
-    return {"steps": steps, "at": at, "raw": raw, "ema": average}, None
+@recipe("05/swap")
+def swapped_vectors(count: int = 64, steps: int = 25):
+    """Chapter 5: captions that differ in one word; a part of the other's vectors is put in; how often does the picture follow it?"""
+    code, what, follows = chapter_code("05"), ["colour 1", "shape 1", "colour 2", "shape 2", "background"], []
+    for kind in what:
+        first, second = code["pairs"](kind, count)
+        one, two = code["model"].embed(first), code["model"].embed(second)
+        places = code["parts"](first, second)
+        places["all but the word"] = ~places["the word itself"]
+        follows.append([])
+        for place in places.values():
+            drawn = code["draw"](torch.where(place[..., None], two, one), steps=steps)
+            follows[-1].append(sum(found[kind] for found in code["marks"](drawn, second)) / count)
+    return {"pictures": count, "steps": steps, "guidance": 3.0, "what": what, "parts": list(places), "follows": [[round(v, 3) for v in row] for row in follows]}, None
 
 
-@recipe("08/rates")
-def rates(steps: int = 300, values=("4e-5", "4e-3", "4e-1")):
-    """Three U-Nets that differ in the learning rate: mean error of every ten steps, and four pictures each."""
-    from ldm_minimal import UNet, train_denoiser
-    model, data, found, tiles = book.load_model(), book.load_data("train"), {}, []
-    for rate in values:
-        torch.manual_seed(0)
-        model.unet = UNet(model.config.unet)
-        losses = [parts["mse"].item() for _, parts in train_denoiser(model, data, replace(model.config.denoiser_stage, steps=steps, learning_rate=float(rate)))]
-        found[rate] = [float(f"{v:.4g}") for v in torch.tensor(losses).view(-1, 10).mean(dim=1).tolist()]
-        tiles.append(model.generate(["a red circle", "a blue square", "a large yellow star", "a green heart"], guidance=3.0, generator=torch.Generator().manual_seed(0)).nan_to_num())
-    return {"steps": steps, "at": list(range(5, steps, 10)), "mse": found}, torch.cat(tiles)
+@recipe("05/words")
+def contexts_spoilt(count: int = 256, steps: int = 25):
+    """Chapter 5: what pictures have right when the order of words is lost, or the padding is another's."""
+    code, rows = chapter_code("05"), things_of(count, 2, skip=64)
+    model, tokenizer, captions = code["model"], code["tokenizer"], [row["text"] for row in rows]
+    chance, place = random.Random(0), torch.arange(77)
+    shuffled = [" ".join(chance.sample(text.split(), len(text.split()))) for text in captions]
+    padding = (place > (tokenizer(captions) == tokenizer.end).int().argmax(dim=1, keepdim=True))[..., None]
+    plain, bag = model.embed(captions), code["model"].embed(shuffled)
+    contexts = {"as asked": plain, "words shuffled": bag, "padding: zeros": torch.where(padding, 0.0, plain),
+                "padding: of the empty caption": torch.where(padding, model.embed([""]), plain), "padding: of the next caption": torch.where(padding, plain.roll(1, dims=0), plain)}
+    model.text_encoder.position.weight.data.zero_()
+    contexts["positions forgotten"] = model.embed(captions)
+    share = []
+    for context in contexts.values():
+        with torch.no_grad():
+            found = code["marks"](torch.cat([code["draw"](part, steps=steps, seed=i) for i, part in enumerate(context.split(64))]), captions)
+        several = {"all of it": [all(marks.values()) for marks in found]} | {
+            name: [value for marks in found for key, value in marks.items() if key.startswith(name)] for name in ("count", "colour", "shape", "relation", "background")}
+        share.append([round(sum(values) / len(values), 3) for values in several.values()])
+    return {"pictures": count, "steps": steps, "guidance": 3.0, "contexts": list(contexts), "marks": list(several), "share": share}, None
+
+
+@probe("05/drawn")
+def one_thing_drawn(record):
+    """The captions of one thing, drawn again with all their maps."""
+    now = follow_maps(chapter_code("05"), things_of(record["one"]["pictures"], 1), record["steps"])
+    return [now["as asked"], now["colour"][-1][0]], [record["one"]["as asked"], record["one"]["colour"][-1][0]]
 
 
 # ---- chapter 6 ----
@@ -477,6 +530,195 @@ def first_steps_without_dropout(record):
     model.unet = UNet(model.config.unet)
     training = train_denoiser(model, book.load_data("train"), replace(model.config.denoiser_stage, steps=record["steps"]), caption_dropout=0.0, seed=0)
     return [mean_of([next(training)[1]["mse"].item() for _ in range(20)])], record["by_rate"]["0"]["mse"][:1]
+
+
+# ---- chapter 7 ----
+
+def seen_in(picture: Tensor):
+    """The scene that the oracle sees in x (3, H, W)."""
+    from oracle import read
+    return read(((picture.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy())
+
+
+@recipe("07/steps")
+def fewer_steps(captions: int = 64, counts=(1000, 250, 50, 20, 10, 5, 2), guidance: float = 5.0):
+    """Prompt accuracy, and the distance from 1000 steps, against the number of steps; four captions drawn with some."""
+    from ldm_minimal import ddim_sample, ddim_timesteps, guided_eps
+    from ldm_minimal.__main__ import accuracy
+    code, model, test = chapter_code("07"), book.load_model(), book.load_data("test")
+    rows, code["schedule"] = test.rows[:captions], model.schedule                  # `skip`, with the model's own schedule
+    with torch.no_grad():
+        context = torch.cat([model.embed([""]).expand(captions, -1, -1), model.embed(test.captions[:captions])])
+        prepared = model.unet.prepare(context)
+    guess = torch.no_grad()(lambda z, t: guided_eps(model.unet, z, torch.full((len(z),), int(t[0]) if torch.is_tensor(t) else t), prepared, guidance))
+    start, other = torch.randn(2, captions, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def end(z=start, **settings):
+        *_, (_, z, _) = ddim_sample(guess, model.schedule, z, generator=torch.Generator().manual_seed(1), **settings)
+        return z
+    def skipped(n):
+        *_, z = code["skip"](guess, start, [t for t, _, _ in ddim_timesteps(model.schedule, n)], torch.Generator().manual_seed(1))
+        return z
+    ways = {"DDIM": (counts, lambda n: end(steps=n)), "DDIM, leading": (counts[1:], lambda n: end(steps=n, spacing="leading")),
+            "DDIM, $\\eta$ = 1": (counts, lambda n: end(steps=n, eta=1.0)), "DDPM, steps skipped": (counts[1:], skipped)}
+    found, drawn = {}, {}
+    for name, (numbers, way) in ways.items():
+        found[name] = {"steps": list(numbers), "accuracy": [], "distance": []}
+        for n in numbers:
+            drawn[name, n] = z = way(n)
+            with torch.no_grad():
+                found[name]["accuracy"].append(round(accuracy(model.decode(z), rows)["all"], 4))
+            found[name]["distance"].append(apart(z, drawn["DDIM", counts[0]]))
+            print(name, n, found[name]["accuracy"][-1], found[name]["distance"][-1])
+    some = slice(3, 7)
+    pictured = [("DDIM", n) for n in (counts[0], 20, 5, 2)] + [("DDPM, steps skipped", 50)]
+    with torch.no_grad():
+        tiles = torch.cat([model.decode(drawn[key][some]) for key in pictured])
+        ceiling = accuracy(model.decode(model.encode(test.pictures(slice(0, captions)))), rows)["all"]
+    return {"captions": captions, "guidance": guidance, "steps": list(counts), "ways": found, "another_seed": apart(end(other, steps=50), drawn["DDIM", 50]),
+            "ceiling": round(ceiling, 4), "prompts": test.captions[some], "pictured": [list(key) for key in pictured]}, tiles
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The root mean square of a - b, for latents of about unit variance; the mean over pictures."""
+    return round((a - b).square().mean(dim=(1, 2, 3)).sqrt().mean().item(), 4)
+
+
+@recipe("07/mix")
+def mixed_seeds(count: int = 256, mixed=(1, 2, 4, 16), steps: int = 20, prompt: str = "a large red heart"):
+    """What becomes of the backgrounds, which the prompt leaves open, where 2, 4 and 16 starts are averaged; straight, and put back on the shell."""
+    from oracle import grade_scene
+    model, noises = book.load_model(), torch.randn(count, max(mixed), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = {"straight": [], "on the shell": []}
+    for name in found:
+        for k in mixed:
+            z = noises[:, :k].mean(dim=1) * (1 if name == "straight" else k**0.5)
+            *_, (_, z, _) = model.denoise([prompt] * count, z=z, guidance=1.0, steps=steps)
+            with torch.no_grad():
+                x = model.decode(z)
+            scenes = [seen_in(picture) for picture in x]
+            holds = sum(all(grade_scene(scene, prompt).values()) for scene in scenes)
+            found[name].append({b: round(sum(scene.background == b for scene in scenes) / count, 4) for b in ("white", "cream", "grey", "black")}
+                               | {"accuracy": round(holds / count, 4)})
+            print(name, k, found[name][-1])
+    return {"count": count, "mixed": list(mixed), "prompt": prompt, "drawing_steps": steps, "shares": found}, None
+
+
+@recipe("07/start")
+def picture_to_picture(count: int = 64, starts=(50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999), guidances=(5.0, 1.0)):
+    """Another colour for real pictures, from each start: which part of the old picture is kept, which part of the new caption holds."""
+    from prepare import COLOURS, HELD_OUT
+    model, test, colours = book.load_model(), book.load_data("test"), list(COLOURS)
+    rows = [i for i, row in enumerate(test.rows) if len(row["scene"]["things"]) == 1][:count]
+    old, wanted = [test.rows[i]["scene"] for i in rows], []
+    for scene in old:
+        thing, place = scene["things"][0], colours.index(scene["things"][0]["colour"])
+        wanted.append(next(c for c in colours[place + 3:] + colours[:place] if (c, thing["shape"]) not in HELD_OUT))
+    prompts = [f"a {colour} {scene['things'][0]['shape']}" for colour, scene in zip(wanted, old)]
+    eps, shares = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0)), {}
+    with torch.no_grad():
+        z = model.encode(test.pictures(torch.tensor(rows)))
+    for guidance in guidances:
+        found = shares[f"{guidance:g}"] = {name: [] for name in ("new colour", "shape", "place", "size", "background")}
+        for start in starts:
+            *_, (_, new, _) = model.denoise(prompts, z=model.schedule.add_noise(z, torch.full((count,), start), eps), start=start, guidance=guidance)
+            with torch.no_grad():
+                pictures = model.decode(new)
+            kept = [what_is_kept(seen_in(picture), scene, colour) for picture, scene, colour in zip(pictures, old, wanted)]
+            for name, values in zip(found, zip(*kept)):
+                found[name].append(round(sum(values) / count, 4))
+            print(guidance, start, {name: values[-1] for name, values in found.items()})
+    return {"count": count, "starts": list(starts), "shares": shares}, None
+
+
+def what_is_kept(now, old: dict, colour: str) -> tuple[bool, ...]:
+    """Is the first thing of the scene `now` of the new colour, and of the old shape, place and size, on the old background?"""
+    was, thing = old["things"][0], now.things[0] if now.things else None
+    same = now.background == old["background"]
+    if thing is None:
+        return False, False, False, False, same
+    near = max(abs(thing.x - was["x"]), abs(thing.y - was["y"])) < 0.1
+    return thing.colour == colour, thing.shape == was["shape"], bool(near), thing.size == was["size"], same
+
+
+@probe("07/steps")
+def accuracy_of_five_steps(record):
+    """The same captions and starting noises, five steps of DDIM."""
+    from ldm_minimal.__main__ import accuracy
+    model, test, count = book.load_model(), book.load_data("test"), record["captions"]
+    start, _ = torch.randn(2, count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    *_, (_, z, _) = model.denoise(test.captions[:count], z=start, steps=5, guidance=record["guidance"])
+    with torch.no_grad():
+        return [accuracy(model.decode(z), test.rows[:count])["all"]], [record["ways"]["DDIM"]["accuracy"][record["steps"].index(5)]]
+
+
+# ---- chapter 8 ----
+
+@recipe("08/reference")
+def reference(seeds: int = 5, steps=(60, 150, 100), window: int = 10):
+    """The chapter's short recipe with other seeds than its own: mean losses of every ten steps, (seeds, steps / 10) a stage."""
+    code, data, found = chapter_code("08"), book.load_data("train"), {"clip": [], "autoencoder": [], "denoiser": []}
+    for seed in range(1, seeds + 1):
+        losses = {stage: [] for stage in found}
+        for stage, _, parts in code["whole_recipe"](code["new_model"](data, seed, adversarial_start=100), data, seed, steps):
+            losses[stage].append(parts[{"clip": "clip", "autoencoder": "l1", "denoiser": "mse"}[stage]].item())
+        for stage, values in losses.items():
+            found[stage].append([float(f"{v:.4g}") for v in torch.tensor(values).view(-1, window).mean(dim=1).tolist()])
+        print(seed, {stage: rows[-1][-1] for stage, rows in found.items()})
+    return {"seeds": list(range(1, seeds + 1)), "runs": found}, None
+
+
+@probe("08/reference")
+def first_losses_of_seed_1(record):
+    """CLIP's first twenty steps."""
+    code, data = chapter_code("08"), book.load_data("train")
+    training = code["whole_recipe"](code["new_model"](data, 1, adversarial_start=100), data, 1, (60, 150, 100))
+    losses = [next(training)[2]["clip"].item() for _ in range(20)]
+    return [mean_of(losses[:10]), mean_of(losses[10:])], record["runs"]["clip"][0][:2]
+
+
+def held_out_error(model, unet, z, context) -> float:
+    """Mean squared error in eps on held-out latents, at twenty times, always with the same noise."""
+    noise, errors = torch.Generator().manual_seed(1), []
+    with torch.no_grad():
+        for t in range(25, 1000, 50):
+            eps = torch.randn(z.shape, generator=noise)
+            errors.append((unet(model.schedule.add_noise(z, torch.full((len(z),), t), eps), torch.full((len(z),), t), context) - eps).square().mean().item())
+    return float(f"{sum(errors) / len(errors):.4g}")
+
+
+@recipe("08/ema")
+def ema(steps: int = 500, every: int = 25):
+    """One U-Net on the shipped latents: held-out error of the weights of the step and of their average."""
+    from ldm_minimal import UNet, train_denoiser
+    model, data, test = book.load_model(), book.load_data("train"), book.load_data("test")
+    torch.manual_seed(0)
+    model.unet = UNet(model.config.unet)
+    with torch.no_grad():
+        z, context = model.encode(test.pictures(slice(0, 64))), model.embed(test.captions[:64])
+    parts, at, raw, average = {}, [], [], []
+    for step, _ in train_denoiser(model, data, replace(model.config.denoiser_stage, steps=2 * steps), resume=lambda p: parts.update(p) or 0):
+        if step % every == 0:
+            at.append(step)
+            raw.append(held_out_error(model, parts["unet"], z, context))
+            average.append(held_out_error(model, parts["ema"], z, context))
+            if step == steps:  # half way of its schedule, where the rate is still high
+                break
+    return {"steps": steps, "at": at, "raw": raw, "ema": average}, None
+
+
+@recipe("08/rates")
+def rates(steps: int = 300, values=("4e-5", "4e-3", "4e-1")):
+    """Three U-Nets that differ in the learning rate: mean error of every ten steps, and four pictures each."""
+    from ldm_minimal import UNet, train_denoiser
+    model, data, found, tiles = book.load_model(), book.load_data("train"), {}, []
+    for rate in values:
+        torch.manual_seed(0)
+        model.unet = UNet(model.config.unet)
+        losses = [parts["mse"].item() for _, parts in train_denoiser(model, data, replace(model.config.denoiser_stage, steps=steps, learning_rate=float(rate)))]
+        found[rate] = [float(f"{v:.4g}") for v in torch.tensor(losses).view(-1, 10).mean(dim=1).tolist()]
+        tiles.append(model.generate(["a red circle", "a blue square", "a large yellow star", "a green heart"], guidance=3.0, generator=torch.Generator().manual_seed(0)).nan_to_num())
+    return {"steps": steps, "at": list(range(5, steps, 10)), "mse": found}, torch.cat(tiles)
 
 
 def main() -> None:

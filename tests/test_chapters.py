@@ -106,6 +106,10 @@ def test_every_result_has_its_recipe():
         assert record["command"] == f"python chapters/runs.py {path.parent.name}"
 
 
+def test_the_readme_has_the_minutes_that_were_measured():
+    assert runs.minutes() in (ROOT / "README.md").read_text(encoding="utf-8"), "python chapters/runs.py --minutes prints the table"
+
+
 def test_a_slider_moves_its_picture():
     box = book.slider(torch.rand(3, 3, 8, 8) * 2 - 1, ["a", "b", "c"], "step")
     handle, label = box.children[0].children

@@ -21,6 +21,11 @@ def repaired(alpha_bars):
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
+def drawn(model, prompt, z, guidance=5.0, batch=False):
+    *_, (_, z, _) = model.denoise([prompt], guidance=guidance, z=z)
+    return model.decode(z) if batch else model.decode(z)[0]
+
+
 def slopes(loss, weight, keep=False):
     return torch.autograd.grad(loss, weight, retain_graph=True, create_graph=keep)[0].norm()
 
@@ -38,6 +43,10 @@ RIGHT |= {
     "2.2": [lambda x, v, a: (1 - a).sqrt() * x + a.sqrt() * v],
     "2.3": [lambda a: a / (1 - a), lambda a: 1 / (1 / a - 1)],
     "2.4": [lambda b: torch.cat([b[:1] * 0, (b[1:] * (1 - kept(b)[:-1]) / (1 - kept(b)[1:])).sqrt()])],
+}
+RIGHT |= {
+    "0.1": [12, 12.0, 3 * 1024**2 / (16 * 128**2)], "0.2a": [60], "0.2b": [30],
+    "0.3": [drawn, lambda m, p, z: m.decode(list(m.denoise([p], guidance=5.0, z=z))[-1][2])[0]],
 }
 RIGHT |= {
     "3.1": [48, 48.0, 16 * 256 * 256 * 3 / (4 * 32 * 32 * 16)],
@@ -75,6 +84,11 @@ WRONG |= {
             (lambda b: torch.cat([b[:1] * 0, b[1:].sqrt()]), "forwards"), (lambda b: torch.cat([b[:1] * 0, b[1:]]), "the step before")],
 }
 WRONG |= {
+    "0.1": [(48, "count both"), (64, "positions")], "0.2a": [(30, "twice"), (100, "twice")], "0.2b": [(60, "once"), (1, "once")],
+    "0.3": [(lambda m, p, z: drawn(m, p, z, 7.5), "7.5"), (lambda m, p, z: drawn(m, p, torch.zeros_like(z)), "start from z"),
+            (lambda m, p, z: drawn(m, p, z, batch=True), "batch of one"), (lambda m, p, z: z[0], "shape")],
+}
+WRONG |= {
     "3.1": [(256, "positions"), (1 / 48, "turned over"), (12, "count both")],
     "3.2": [(lambda v, p: v.mean(), "power 1"), (lambda v, p: v.median(), "power 2"), (lambda v, p: v.median() if p == 2 else v.mean(), "power 2")],
     "3.3": [(lambda a, s, b, r: math.log(s / r) + (r**2 + (a - b) ** 2) / (2 * s**2) - 0.5, "other way"), (lambda a, s, b, r: 0.5 * (a**2 + s**2 - 1 - math.log(s**2)), "log p_1"),
@@ -95,6 +109,120 @@ WRONG |= {
             (lambda g: sum(any(v.values()) for v in g) / len(g), "three pictures")],
     "8.4": [(lambda d, t: torch.cdist(d.flatten(1), t.flatten(1)).argmax(dim=1), "farthest"), (lambda d, t: (d.flatten(1) @ t.flatten(1).T).argmax(dim=1), "others"),
             (lambda d, t: torch.cdist(d.flatten(1), t.flatten(1)), "shape")],
+}
+
+
+def leap(z, x_hat, a, b):
+    return b**0.5 * x_hat + (1 - b) ** 0.5 * (z - a**0.5 * x_hat) / (1 - a) ** 0.5
+
+
+def halfway(z, z_2, a, b):
+    r = ((1 - b) / (1 - a)) ** 0.5
+    return (z_2 - r * z) / (b**0.5 - r * a**0.5)
+
+
+def turning(much, twice=False, end=1.0):
+    """Exercise 7.5: Euler's step with `much` of the right correction; `twice`, Heun's with two guesses a step."""
+    def walk(guess, x, alpha_bars, times):
+        levels, before = [*alpha_bars[times].tolist(), end], None
+        for i, (t, a, b) in enumerate(zip(times, levels, levels[1:])):
+            eps, h = guess(x, t), ((1 - b) / b) ** 0.5 - ((1 - a) / a) ** 0.5
+            way = eps if before is None else eps + much * h / (2 * before[1]) * (eps - before[0])
+            if twice and i + 1 < len(times):
+                way = (eps + guess(b**0.5 * (x / a**0.5 + h * eps), times[i + 1])) / 2
+            x, before = b**0.5 * (x / a**0.5 + h * way), (eps, h)
+        return x
+    return walk
+
+
+def plain_ab(guess, x, alpha_bars, times):
+    """Exercise 7.5 as Stable Diffusion's PLMS has it: (3 eps - eps_before) / 2, as if all steps were equally long."""
+    levels, before = [*alpha_bars[times].tolist(), 1.0], None
+    for t, a, b in zip(times, levels, levels[1:]):
+        eps = guess(x, t)
+        way = eps if before is None else (3 * eps - before) / 2
+        x, before = leap(x, (x - (1 - a) ** 0.5 * way) / a**0.5, a, b), eps
+    return x
+
+
+def mixture(noises, weights):
+    return torch.tensordot(weights, noises, dims=1)
+
+
+RIGHT |= {
+    "7.1": [60, 60.0, 2 * len([599, *range(579, 0, -20)])],
+    "7.2": [lambda n, w: mixture(n, w) / w.norm(), lambda n, w: sum(a * b for a, b in zip(w, n)) / (w**2).sum().sqrt()],
+    "7.3": [lambda x, a, w: x * w / (a * w * w + 1 - a) ** 0.5, lambda x, a, w: torch.tensor(x) / (a + (1 - a) / w**2) ** 0.5],
+    "7.4": [halfway],
+    "7.5": [turning(1), plain_ab],
+}
+WRONG |= {
+    "7.1": [(30, "guidance asks twice"), (100, "whole way"), (58, "count the times"), (50, "count the times")],
+    "7.2": [(mixture, "variance is not 1"), (lambda n, w: mixture(n, w) / w.sum(), "variance is not 1"), (lambda n, w: mixture(n, w) / (w**2).sum(), "variance; "),
+            (lambda n, w: mixture(n, w) / mixture(n, w).std(), "nearly"), (lambda n, w: n * w[:, None, None, None], "shape"), (lambda n, w: n.sum(dim=0) / 3**0.5, "variances add")],
+    "7.3": [(lambda x, a, w: a**0.5 * w**2 * x / (a * w**2 + 1 - a), "one single step"), (lambda x, a, w: w * x, "spread of its own"),
+            (lambda x, a, w: a**0.5 * w * x / (a * w**2 + 1 - a) ** 0.5, "too many"), (lambda x, a, w: w * x / (a * w**2 + 1 - a), "variance of x_t"), (lambda x, a, w: x / a**0.5, "how many spreads")],
+    "7.4": [(lambda z, z_2, a, b: (z - a**0.5 * halfway(z, z_2, a, b)) / (1 - a) ** 0.5, "noise that the student"), (lambda z, z_2, a, b: z_2, "clean only if"),
+            (lambda z, z_2, a, b: z_2 / b**0.5, "mean of 0"), (lambda z, z_2, a, b: (z_2 - z) / (b**0.5 - a**0.5), "does not arrive")],
+    "7.5": [(turning(0), "still order 1"), (turning(-1), "order"), (turning(0.5), "still order 1"), (turning(1, twice=True), "one a step"), (turning(1, end=0.5), "last alpha_bar"),
+            (lambda guess, x, alpha_bars, times: x, "last alpha_bar")],
+}
+
+
+def most_frequent_pair(words, once=False):
+    count = {}
+    for pieces, times in words.items():
+        pairs = list(zip(pieces, pieces[1:]))
+        for pair in set(pairs) if once else pairs:
+            count[pair] = count.get(pair, 0) + times
+    return max(count, key=count.get)
+
+
+def attend_to_some(q, k, v, keep):
+    return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~keep[:, None], -torch.inf).softmax(-1) @ v
+
+
+def shares_renewed(q, k, v, keep):
+    shares = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) * keep[:, None]
+    return shares / shares.sum(-1, keepdim=True) @ v
+
+
+def whole_attention(q, k, v):
+    return (q @ k.T / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
+def attend_in_blocks(q, blocks, top=True, shrink=True, root=True):
+    largest, total, result = torch.full((len(q), 1), -torch.inf, dtype=q.dtype), 0.0, 0.0
+    for k, v in blocks:
+        scores = q @ k.T / (q.shape[-1] ** 0.5 if root else 1)
+        before, largest = largest, torch.maximum(largest, scores.amax(1, keepdim=True)) if top else 0 * largest.clamp(min=0)
+        factor, powers = (before - largest).exp() if shrink and top else 1.0, (scores - largest).exp()
+        total, result = factor * total + powers.sum(1, keepdim=True), factor * result + powers @ v
+    return result / total
+
+
+
+
+RIGHT |= {
+    "5.1": [4096 / 77, 53.2, 53, torch.tensor(53.19)],
+    "5.2": [most_frequent_pair, lambda words: list(most_frequent_pair(words))],
+    "5.3": [attend_to_some, lambda q, k, v, keep: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None]),
+            lambda q, k, v, keep: torch.stack([(a @ b[c].T / 2).softmax(1) @ d[c] for a, b, d, c in zip(q, k, v, keep)]).float(), shares_renewed],
+    "5.4": [attend_in_blocks, lambda q, blocks: whole_attention(q, *map(torch.cat, zip(*[(k.clone(), v.clone()) for k, v in blocks])))],
+}
+WRONG |= {
+    "5.1": [(77 / 4096, "turned over"), (64 / 77, "a side"), (4096, "weights too"), (4096**2, "each pair"), (48, "each pair")],
+    "5.2": [(lambda words: "ab", "pieces of the pair"), (lambda words: most_frequent_pair(dict.fromkeys(words, 1)), "as often as it occurs"),
+            (lambda words: most_frequent_pair(words, once=True), "twice"), (lambda words: ("b", "a"), "neighbours"),
+            (lambda words: most_frequent_pair({tuple("".join(w)): n for w, n in words.items()}), "neighbours"),
+            (lambda words: ("a", "b"), "several letters")],
+    "5.3": [(lambda q, k, v, keep: attend_to_some(q, k, v, ~keep), "only that"), (lambda q, k, v, keep: ((q @ k.mT / 2).softmax(-1) * keep[:, None]) @ v, "add up"),
+            (lambda q, k, v, keep: attend_to_some(q, k * keep[..., None], v, keep | True), "exp(0)"), (lambda q, k, v, keep: attend_to_some(2 * q, k, v, keep), "root"),
+            (lambda q, k, v, keep: attend_to_some(q, k, v, keep | True), "minus infinity"), (lambda q, k, v, keep: attend_to_some(q, k, v, keep)[0], "shape")],
+    "5.4": [(lambda q, blocks: whole_attention(q, *map(torch.cat, zip(*blocks))), "used again"),
+            (lambda q, blocks: torch.stack([whole_attention(q, k, v) for k, v in blocks]).mean(0), "alike"),
+            (lambda q, blocks: attend_in_blocks(q, blocks, top=False), "overflows"), (lambda q, blocks: attend_in_blocks(q, blocks, shrink=False), "must shrink"),
+            (lambda q, blocks: [next(blocks), q][1], "three things"), (lambda q, blocks: attend_in_blocks(q, blocks, root=False), "three things")],
 }
 
 
