@@ -13,9 +13,11 @@ CHECKS = {}
 
 def exercise(number: str):
     """Register a check under the exercise's number."""
+
     def register(function):
         CHECKS[number] = function
         return function
+
     return register
 
 
@@ -26,6 +28,7 @@ def far(answer, expected, tolerance: float = 1e-4) -> bool:
 
 
 # ---- chapter 0: the whole trick --------------------------------------------------------------------------------------
+
 
 @exercise("0.1")
 def times_fewer(answer):
@@ -49,6 +52,7 @@ def passes_plain(answer):
 @exercise("0.3")
 def draw_from(answer):
     from book import load_model
+
     model, z = load_model(), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(11))
     with torch.no_grad():
         wanted = [picture(model, "a red circle", z, guidance) for guidance in (5.0, 7.5)]
@@ -59,7 +63,11 @@ def draw_from(answer):
         return f"the shape is {tuple(got.shape)}; a picture is (3, 32, 32): decode the last latent"
     if not far(got, wanted[0], 0.01):
         return None
-    return "that is guidance 7.5, what `denoise` does by itself" if not far(got, wanted[1], 0.01) else "the picture is another one; does it start from z, and is it the last step's latent that is decoded?"
+    return (
+        "that is guidance 7.5, what `denoise` does by itself"
+        if not far(got, wanted[1], 0.01)
+        else "the picture is another one; does it start from z, and is it the last step's latent that is decoded?"
+    )
 
 
 def picture(model, prompt, z, guidance):
@@ -68,6 +76,7 @@ def picture(model, prompt, z, guidance):
 
 
 # ---- chapter 1: the noise schedule -----------------------------------------------------------------------------------
+
 
 def random_betas(T: int = 40, seed: int = 7) -> torch.Tensor:
     return 0.01 + 0.1 * torch.rand(T, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -103,7 +112,11 @@ def left_after_100(answer):
         return None
     if not far(answer, 100 * end_of_line(0.02, 100), 0.02):
         return "that is in per cent; alpha_bar is between 0 and 1"
-    return "that is its square root, the signal's amplitude" if not far(answer, end_of_line(0.02, 100) ** 0.5, 0.02) else "the share is the product of all 1 - beta"
+    return (
+        "that is its square root, the signal's amplitude"
+        if not far(answer, end_of_line(0.02, 100) ** 0.5, 0.02)
+        else "the share is the product of all 1 - beta"
+    )
 
 
 @exercise("1.2b")
@@ -146,6 +159,7 @@ def jump(answer):
 
 
 # ---- chapter 2: a simple diffusion model -----------------------------------------------------------------------------
+
 
 @exercise("2.1")
 def slope(answer):
@@ -197,10 +211,15 @@ def sigmas(answer):
         return None
     if not far(got[1:], right**2):
         return "these are the variances; take the root"
-    return "those are sqrt(beta_t), the noise of a step forwards" if not far(got[1:], betas[1:].sqrt()) else "sigma_t^2 = beta_t (1 - alpha_bar of the step before) / (1 - alpha_bar_t)"
+    return (
+        "those are sqrt(beta_t), the noise of a step forwards"
+        if not far(got[1:], betas[1:].sqrt())
+        else "sigma_t^2 = beta_t (1 - alpha_bar of the step before) / (1 - alpha_bar_t)"
+    )
 
 
 # ---- chapter 3: a VAE with a perceptual loss -------------------------------------------------------------------------
+
 
 @exercise("3.1")
 def film(answer):
@@ -208,7 +227,11 @@ def film(answer):
         return None
     if not far(answer, 256, 1e-3):
         return "those are the positions; a pixel has 3 numbers, a position of this latent 16"
-    return "turned over: the film has more numbers than its latent" if not far(answer, 1 / 48, 1e-3) else "count both: 16 x 256 x 256 x 3 numbers, and how many positions with 16?"
+    return (
+        "turned over: the film has more numbers than its latent"
+        if not far(answer, 1 / 48, 1e-3)
+        else "count both: 16 x 256 x 256 x 3 numbers, and how many positions with 16?"
+    )
 
 
 @exercise("3.2")
@@ -239,7 +262,7 @@ def kl_of_two(answer):
 @exercise("3.4")
 def weigh(answer):
     w = torch.tensor([3.0, 4.0], requires_grad=True)
-    steep, flat = (w**2).sum(), 0.01 * w.sum()                          # gradients of length 10 and 0.0141
+    steep, flat = (w**2).sum(), 0.01 * w.sum()  # gradients of length 10 and 0.0141
     right = 10 / (0.01 * 2**0.5 + 1e-4)
     got = answer(steep, flat, w)
     if not far(got, (0.01 * 2**0.5) / (10 + 1e-4), 1e-3):
@@ -256,11 +279,16 @@ def weigh(answer):
 
 # ---- chapter 4: latent rescaling -------------------------------------------------------------------------------------
 
+
 @exercise("4.1")
 def seen_width(answer):
     if not far(answer, 6.76, 1e-3):
         return None
-    return "that is what they meant to get; they multiply by 2.6 latents that are 2.6 wide already" if not far(answer, 1.0, 1e-3) else "a standard deviation of 2.6, and every number times 2.6"
+    return (
+        "that is what they meant to get; they multiply by 2.6 latents that are 2.6 wide already"
+        if not far(answer, 1.0, 1e-3)
+        else "a standard deviation of 2.6, and every number times 2.6"
+    )
 
 
 @exercise("4.2")
@@ -279,7 +307,10 @@ def new_alpha_bar(answer):
 @exercise("4.3")
 def whiten(answer):
     random = torch.Generator().manual_seed(3)
-    z = torch.randn(50, 4, 8, 8, generator=random) * torch.tensor([0.5, 1.0, 2.0, 4.0])[:, None, None] + torch.tensor([1.0, 0.0, -1.0, 3.0])[:, None, None]
+    z = (
+        torch.randn(50, 4, 8, 8, generator=random) * torch.tensor([0.5, 1.0, 2.0, 4.0])[:, None, None]
+        + torch.tensor([1.0, 0.0, -1.0, 3.0])[:, None, None]
+    )
     got = answer(z.clone())
     if tuple(got.shape) != tuple(z.shape):
         return f"the shape is {tuple(got.shape)}; it must stay {tuple(z.shape)}"
@@ -308,6 +339,7 @@ def least_loss(answer):
 
 
 # ---- chapter 5: cross-attention --------------------------------------------------------------------------------------
+
 
 @exercise("5.1")
 def times_as_many(answer):
@@ -347,6 +379,7 @@ def attend_to_some(answer):
 
     def of(scores, keep):
         return scores.masked_fill(~keep[:, None], -torch.inf).softmax(-1) @ v
+
     got = torch.as_tensor(answer(q.clone(), k.clone(), v.clone(), keep.clone()))
     if not far(got, of(scores, keep)):
         return None
@@ -358,7 +391,11 @@ def attend_to_some(answer):
         return "a score of 0 still gets a share, for exp(0) is 1; what score gets none?"
     if not far(got, of(scores * 2, keep)):
         return "the root of d is missing"
-    return "padding gets a score of minus infinity, before the softmax" if got.shape == q.shape else f"the shape is {tuple(got.shape)}; it must be {tuple(q.shape)}"
+    return (
+        "padding gets a score of minus infinity, before the softmax"
+        if got.shape == q.shape
+        else f"the shape is {tuple(got.shape)}; it must be {tuple(q.shape)}"
+    )
 
 
 @exercise("5.4")
@@ -367,19 +404,24 @@ def attend_in_blocks(answer):
     q, k, v = (torch.randn(n, 4, dtype=torch.float64, generator=random) for n in (3, 20, 20))
 
     def blocks(k):
-        here = torch.empty(2, 5, 4, dtype=torch.float64)   # the one memory that all blocks share
+        here = torch.empty(2, 5, 4, dtype=torch.float64)  # the one memory that all blocks share
         for part in zip(k.split(5), v.split(5)):
             here.copy_(torch.stack(part))
             yield here[0], here[1]
 
     def whole(k, v):
         return (q @ k.mT / 2).softmax(-1) @ v
+
     got, means = torch.as_tensor(answer(q.clone(), blocks(k))), torch.stack([whole(*part) for part in zip(k.split(5), v.split(5))])
     if not far(got, whole(k, v)):
         large = torch.as_tensor(answer(q.clone(), blocks(1000 * k)))
         if not far(large, whole(1000 * k, v)):
             return None
-        return "right while scores are small; with large ones exp overflows: subtract the largest score so far" if not large.isfinite().all() else "with large scores the result is another"
+        return (
+            "right while scores are small; with large ones exp overflows: subtract the largest score so far"
+            if not large.isfinite().all()
+            else "with large scores the result is another"
+        )
     if not far(got, whole(k[-5:], v[-5:])):
         return "that is the last block alone: its memory is used again, so take what you need before the next comes"
     if not far(got, means.mean(0)) or not far(got, means.sum(0)):
@@ -393,11 +435,14 @@ def attend_in_blocks(answer):
 
 # ---- chapter 6: guidance ---------------------------------------------------------------------------------------------
 
+
 @exercise("6.1a")
 def their_weight(answer):
     if not far(answer, 7.5):
         return None
-    return {6.5: "that is theirs; ours is not the same number", 5.5: "the other way round: theirs is ours minus 1"}.get(round(float(answer), 4), "compare the factor of the guess with the caption: 1 + w' there, w here")
+    return {6.5: "that is theirs; ours is not the same number", 5.5: "the other way round: theirs is ours minus 1"}.get(
+        round(float(answer), 4), "compare the factor of the guess with the caption: 1 + w' there, w here"
+    )
 
 
 @exercise("6.1b")
@@ -411,9 +456,11 @@ def guided_rows(answer):
 
 def pretended_unet(calls: list):
     """Something with a U-Net's signature that depends on all its inputs, row by row, and notes how many rows each call had."""
+
     def unet(z, t, context):
         calls.append(len(z))
         return z * context.mean(dim=(1, 2)).view(-1, 1, 1, 1) + 0.01 * t.view(-1, 1, 1, 1)
+
     return unet
 
 
@@ -490,10 +537,13 @@ def in_an_interval(answer):
         return "turned over: guided inside of the interval, plain outside"
     if not far(got, full) or not far(got, a):
         return "all rows came out alike; each row has its own t"
-    return None if not far(got, torch.where(inside, full, a)) else "w where low <= t <= high, 1 elsewhere, row by row, in the formula of 6.1"
+    return (
+        None if not far(got, torch.where(inside, full, a)) else "w where low <= t <= high, 1 elsewhere, row by row, in the formula of 6.1"
+    )
 
 
 # ---- chapter 7: DDIM -------------------------------------------------------------------------------------------------
+
 
 @exercise("7.1")
 def evaluations(answer):
@@ -520,7 +570,9 @@ def mix(answer):
     if not far(got, plain / 9):
         return "that divides by the variance; the standard deviation is its root"
     if not far(got, plain / plain.std(), 0.2):
-        return "nearly: this fixes the length of every mixture, and noise has not one length; divide by a number that the weights alone give"
+        return (
+            "nearly: this fixes the length of every mixture, and noise has not one length; divide by a number that the weights alone give"
+        )
     return "divide the weighted sum by its standard deviation; the variance of w n is w^2, and variances add"
 
 
@@ -563,6 +615,7 @@ def target(answer):
 @exercise("7.5")
 def two_step(answer):
     from ldm_minimal import NoiseSchedule
+
     w, alpha_bars, x = 0.5, NoiseSchedule("linear").alpha_bars, torch.tensor([1.0, -0.7, 0.2], dtype=torch.float64)
     calls = []
 
@@ -575,6 +628,7 @@ def two_step(answer):
         calls.clear()
         got = torch.as_tensor(answer(guess, x.clone(), alpha_bars.clone(), list(range(999, -1, -1000 // steps))))
         return (got - x * w / (alpha_bars[-1] * w**2 + 1 - alpha_bars[-1]) ** 0.5).abs().mean().item()
+
     coarse, fine = error(20), error(100)
     if len(calls) > 110:
         return f"{len(calls)} guesses for 100 steps; keep the guess of the step before, and make one a step"
@@ -587,11 +641,16 @@ def two_step(answer):
 
 # ---- chapter 8: the full pipeline ------------------------------------------------------------------------------------
 
+
 @exercise("8.1")
 def steps_needed(answer):
     if 2301 <= float(answer) <= 2303:
         return None
-    return "that is where it has forgotten a share of 1/e of its start; 0.9 takes longer" if 990 < float(answer) < 1010 else "after n steps the average is 1 - 0.999^n"
+    return (
+        "that is where it has forgotten a share of 1/e of its start; 0.9 takes longer"
+        if 990 < float(answer) < 1010
+        else "after n steps the average is 1 - 0.999^n"
+    )
 
 
 @exercise("8.2")
@@ -611,7 +670,12 @@ def ema_step(answer):
 
 @exercise("8.3")
 def prompt_accuracy(answer):
-    grades = [{"colour 1": True, "shape 1": True}, {"colour 1": True, "shape 1": False, "relation": True}, {"colour 1": True}, {"shape 1": True, "size 1": True}]
+    grades = [
+        {"colour 1": True, "shape 1": True},
+        {"colour 1": True, "shape 1": False, "relation": True},
+        {"colour 1": True},
+        {"shape 1": True, "size 1": True},
+    ]
     got = float(answer([dict(g) for g in grades]))
     if not far(got, 0.75):
         return None
@@ -626,11 +690,15 @@ def nearest(answer):
     training = torch.rand(40, 3, 8, 8, generator=random) * 2 - 1
     wanted = torch.tensor([31, 4, 17])
     drawn = training[wanted] + 0.3 * torch.randn(3, 3, 8, 8, generator=random)
-    training[7] *= 0.01                                                 # small, so nearest to 0 and the largest product with nobody
-    training[22] = 3 * training[31]                                     # the same direction as the first, and far away
+    training[7] *= 0.01  # small, so nearest to 0 and the largest product with nobody
+    training[22] = 3 * training[31]  # the same direction as the first, and far away
     got = torch.as_tensor(answer(drawn.clone(), training.clone()))
     if tuple(got.shape) != (3,):
         return f"the shape is {tuple(got.shape)}; one row number for each drawn picture is (3,)"
     if not far(got, wanted):
         return None
-    return "those are the farthest, not the nearest" if not far(got, torch.cdist(drawn.flatten(1), training.flatten(1)).argmax(dim=1)) else "others are nearer; sum the squared differences over all 3 x H x W numbers"
+    return (
+        "those are the farthest, not the nearest"
+        if not far(got, torch.cdist(drawn.flatten(1), training.flatten(1)).argmax(dim=1))
+        else "others are nearer; sum the squared differences over all 3 x H x W numbers"
+    )

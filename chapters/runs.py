@@ -37,17 +37,21 @@ RECIPES, PROBES = {}, {}
 
 def recipe(name: str):
     """Register what makes runs/`name`: a function that returns (numbers, pictures or None)."""
+
     def register(function):
         RECIPES[name] = function
         return function
+
     return register
 
 
 def probe(name: str):
     """Register what `--check` runs again of runs/`name`, in seconds: a function of the record that returns (made now, on record)."""
+
     def register(function):
         PROBES[name] = function
         return function
+
     return register
 
 
@@ -75,9 +79,14 @@ def make(name: str) -> None:
     started, worked = time.time(), time.process_time()
     torch.manual_seed(0)
     numbers, pictures = RECIPES[name]()
-    record = {"command": f"python chapters/runs.py {name[:2]}", "seed": 0, "machine": machine(), "torch": torch.__version__,
-              "minutes": round((time.time() - started) / 60, 1),
-              "cpu_minutes": round((time.process_time() - worked) / 60, 1)} | numbers
+    record = {
+        "command": f"python chapters/runs.py {name[:2]}",
+        "seed": 0,
+        "machine": machine(),
+        "torch": torch.__version__,
+        "minutes": round((time.time() - started) / 60, 1),
+        "cpu_minutes": round((time.process_time() - worked) / 60, 1),
+    } | numbers
     folder = HERE / "runs" / name[:2]
     folder.mkdir(parents=True, exist_ok=True)
     (HERE / "runs" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -94,12 +103,21 @@ def row(pictures: Tensor) -> Image.Image:
 def check() -> list[str]:
     """What is wrong: files without a recipe, recipes without a file, files too large."""
     files = {str(path.relative_to(HERE / "runs").with_suffix("")) for path in (HERE / "runs").rglob("*.json")}
-    read = {name for path in HERE.glob("[0-9][0-9]_*.ipynb") for name in re.findall(r'book\.result\(\\"([^"\\]+)', path.read_text(encoding="utf-8"))}
-    return ([f"{name} is read by a chapter and has no recipe" for name in sorted(read - set(RECIPES))]
-            + [f"{name} has a recipe and no file" for name in sorted(set(RECIPES) - files)]
-            + [f"{name} has a file and no recipe" for name in sorted(files - set(RECIPES))]
-            + [f"{path} is larger than 300 kB" for path in (HERE / "runs").rglob("*.*") if path.stat().st_size > 300_000]
-            + [f"no recipe of chapter {number} has a probe" for number in sorted({name[:2] for name in RECIPES} - {name[:2] for name in PROBES})])
+    read = {
+        name
+        for path in HERE.glob("[0-9][0-9]_*.ipynb")
+        for name in re.findall(r'book\.result\(\\"([^"\\]+)', path.read_text(encoding="utf-8"))
+    }
+    return (
+        [f"{name} is read by a chapter and has no recipe" for name in sorted(read - set(RECIPES))]
+        + [f"{name} has a recipe and no file" for name in sorted(set(RECIPES) - files)]
+        + [f"{name} has a file and no recipe" for name in sorted(files - set(RECIPES))]
+        + [f"{path} is larger than 300 kB" for path in (HERE / "runs").rglob("*.*") if path.stat().st_size > 300_000]
+        + [
+            f"no recipe of chapter {number} has a probe"
+            for number in sorted({name[:2] for name in RECIPES} - {name[:2] for name in PROBES})
+        ]
+    )
 
 
 def repeat() -> list[str]:
@@ -107,7 +125,9 @@ def repeat() -> list[str]:
     wrong = []
     for name, function in PROBES.items():
         torch.manual_seed(0)
-        now, before = (torch.tensor(v, dtype=torch.float64) for v in function(json.loads((HERE / "runs" / f"{name}.json").read_text(encoding="utf-8"))))
+        now, before = (
+            torch.tensor(v, dtype=torch.float64) for v in function(json.loads((HERE / "runs" / f"{name}.json").read_text(encoding="utf-8")))
+        )
         print(f"{name}: {now.tolist()} now, {before.tolist()} on record")
         if not torch.allclose(now, before, rtol=0.05):
             wrong.append(f"{name} does not come out again")
@@ -118,7 +138,9 @@ def smaller(png: str) -> str:
     """A stored figure, base64, with 256 colours: about a third of the bytes, and no difference that one sees."""
     with Image.open(io.BytesIO(base64.b64decode(png))) as image:
         file = io.BytesIO()
-        image.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+        image.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(
+            file, "png", optimize=True
+        )
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -126,9 +148,12 @@ def execute(number: str) -> None:
     """Run a chapter and its solutions from a clean kernel and keep the outputs, without timestamps; metadata says how long it took."""
     import nbformat
     from nbclient import NotebookClient
+
     for path in [*HERE.glob(f"{number}_*.ipynb"), *HERE.glob(f"solutions/{number}_*.ipynb")]:
         notebook, started = nbformat.read(path, as_version=4), time.time()
-        NotebookClient(notebook, timeout=600, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(path.parent)}}).execute()
+        NotebookClient(
+            notebook, timeout=600, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(path.parent)}}
+        ).execute()
         notebook.metadata.pop("widgets", None)
         notebook.metadata["measured"] = {"seconds": round(time.time() - started), "machine": machine(), "torch": torch.__version__}
         for cell in notebook.cells:
@@ -161,6 +186,7 @@ def legible(x: Tensor, captions: list[str]) -> float:
 
 # ---- chapter 2 ----
 
+
 @recipe("02/pixels")
 def pixels():
     """Chapter 2's simple U-Net in pixel space, trained for longer; the loss at each t, of 300 steps and of all; 16 samples."""
@@ -180,13 +206,19 @@ def pixels():
         unet = code["SimpleUNet"]()
         losses = list(code["train"](unet, lambda count: data.pictures(torch.randint(len(data), (count,))), steps, batch, 2e-3))
         return unet, losses
+
     short, _ = trained(300)
     unet, losses = trained(steps)
     with torch.no_grad():
         *_, drawn = code["sample"](lambda x, t: unet(x, torch.full((len(x),), t)), torch.randn(16, 3, 32, 32))
     smooth = torch.tensor(losses).view(-1, 50).mean(dim=1).tolist()
-    return {"steps": steps, "batch": batch, "losses_of_50_steps": [round(v, 4) for v in smooth], "loss_by_t": [round(v, 5) for v in by_time(unet)],
-            "loss_by_t_short": [round(v, 5) for v in by_time(short)]}, drawn.clamp(-1, 1)
+    return {
+        "steps": steps,
+        "batch": batch,
+        "losses_of_50_steps": [round(v, 4) for v in smooth],
+        "loss_by_t": [round(v, 5) for v in by_time(unet)],
+        "loss_by_t_short": [round(v, 5) for v in by_time(short)],
+    }, drawn.clamp(-1, 1)
 
 
 @probe("02/pixels")
@@ -200,16 +232,23 @@ def first_steps_in_pixels(record):
 
 # ---- chapter 3 ----
 
+
 def restored_scores(net, code, x, captions) -> tuple[dict, Tensor]:
     """How well an autoencoder restores x: PSNR, the judge's seen difference, the share that the oracle still reads; and x_hat."""
     from ldm_minimal import PerceptualLoss
+
     with torch.no_grad():
         x_hat, posterior = net(x)
         seen = PerceptualLoss(book.load_judge().image_encoder.features)(x, x_hat).mean().item()
-    return {"psnr": round(code["psnr"](x, x_hat), 2), "seen": round(seen, 4), "legible": legible(x_hat, captions),
-            "kl": round(posterior.kl().mean().item(), 1), "mean_std": round(posterior.mean.std().item(), 4),
-            "channel_std": [round(v, 4) for v in posterior.mean.std(dim=(0, 2, 3)).tolist()],
-            "cloud_std": round((0.5 * posterior.logvar).exp().square().mean().sqrt().item(), 5)}, x_hat.clamp(-1, 1)
+    return {
+        "psnr": round(code["psnr"](x, x_hat), 2),
+        "seen": round(seen, 4),
+        "legible": legible(x_hat, captions),
+        "kl": round(posterior.kl().mean().item(), 1),
+        "mean_std": round(posterior.mean.std().item(), 4),
+        "channel_std": [round(v, 4) for v in posterior.mean.std(dim=(0, 2, 3)).tolist()],
+        "cloud_std": round((0.5 * posterior.logvar).exp().square().mean().sqrt().item(), 5),
+    }, x_hat.clamp(-1, 1)
 
 
 def drawing(data):
@@ -221,16 +260,29 @@ def drawing(data):
 def losses(steps: int = 1200, every: int = 20):
     """Chapter 3's loss, term by term: six autoencoders of equal steps; curves of their parts, scores, six restored pictures each."""
     from ldm_minimal import SHAPES, Autoencoder, PatchDiscriminator, PerceptualLoss, autoencoder_loss
+
     code, data, test = chapter_code("03"), book.load_data("train"), book.load_data("test")
     x, seen = test.pictures(slice(0, 256)), PerceptualLoss(book.load_model().image_encoder.requires_grad_(False).features)
 
     def objective(kl_weight=0.0, perceptual=None):
-        return partial(autoencoder_loss, perceptual=perceptual, kl_weight=kl_weight, perceptual_weight=SHAPES.perceptual_weight,
-                       adversarial_weight=SHAPES.adversarial_weight)
+        return partial(
+            autoencoder_loss,
+            perceptual=perceptual,
+            kl_weight=kl_weight,
+            perceptual_weight=SHAPES.perceptual_weight,
+            adversarial_weight=SHAPES.adversarial_weight,
+        )
+
     squares = lambda x, x_hat, posterior, adversary: ((x - x_hat).square().sum(dim=(1, 2, 3)).mean(), {"l1": (x - x_hat).abs().mean()})  # noqa: E731
     whole = objective(1e-6, seen)
-    variants = {"$L_2$": (squares, False, None), "$L_1$": (objective(), False, None), "+ KL": (objective(1e-6), True, None),
-                "+ perceptual": (whole, True, None), "+ adversarial": (whole, True, steps // 2), "adversarial from step 0": (whole, True, 0)}
+    variants = {
+        "$L_2$": (squares, False, None),
+        "$L_1$": (objective(), False, None),
+        "+ KL": (objective(1e-6), True, None),
+        "+ perceptual": (whole, True, None),
+        "+ adversarial": (whole, True, steps // 2),
+        "adversarial from step 0": (whole, True, 0),
+    }
     found, tiles = {}, [x[:6]]
     for name, (loss, cloud, start) in variants.items():
         torch.manual_seed(0)
@@ -239,7 +291,7 @@ def losses(steps: int = 1200, every: int = 20):
         if critic:  # the adversary's gradient is compared at the decoder's last weights
             loss = partial(loss, last_weight=net.decoder[-1].weight)
         parts = list(code["train"](net, drawing(data), steps, loss, critic, start or 0, cloud))
-        curves = {key: [mean_of([p[key] for p in parts[i:i + every] if key in p]) for i in range(0, steps, every)] for key in parts[-1]}
+        curves = {key: [mean_of([p[key] for p in parts[i : i + every] if key in p]) for i in range(0, steps, every)] for key in parts[-1]}
         scores, x_hat = restored_scores(net.eval(), code, x, test.captions[:256])
         found[name] = scores | {"curves": curves}
         tiles.append(x_hat[:6])
@@ -251,17 +303,19 @@ def losses(steps: int = 1200, every: int = 20):
 def fixed_weight(steps: int = 1200, every: int = 20, weight: float = 5000.0):
     """The adversary from the first step, and its weight not adapted but fixed: the run of section 3.7 that breaks."""
     from ldm_minimal import SHAPES, Autoencoder, PatchDiscriminator, PerceptualLoss, autoencoder_loss
+
     code, data, test = chapter_code("03"), book.load_data("train"), book.load_data("test")
     seen = PerceptualLoss(book.load_model().image_encoder.requires_grad_(False).features)
 
     def objective(x, x_hat, posterior, adversary):
         loss, parts = autoencoder_loss(x, x_hat, posterior, seen, perceptual_weight=SHAPES.perceptual_weight)
         return loss + SHAPES.adversarial_weight * weight * -adversary(x_hat).mean(), parts
+
     torch.manual_seed(0)
     net = Autoencoder(SHAPES.autoencoder)
     parts = list(code["train"](net, drawing(data), steps, objective, PatchDiscriminator(32, 2), 0))
     scores, x_hat = restored_scores(net.eval(), code, test.pictures(slice(0, 256)), test.captions[:256])
-    curves = {key: [mean_of([p[key] for p in parts[i:i + every]]) for i in range(0, steps, every)] for key in ("l1", "discriminator")}
+    curves = {key: [mean_of([p[key] for p in parts[i : i + every]]) for i in range(0, steps, every)] for key in ("l1", "discriminator")}
     return {"steps": steps, "weight": weight, "curves": curves} | scores, x_hat[:6]
 
 
@@ -273,8 +327,15 @@ def mean_of(values: list[float]) -> float | None:
 def first_steps_of_l1(record):
     """Twenty steps of the variant L1."""
     from ldm_minimal import SHAPES, Autoencoder, autoencoder_loss
+
     torch.manual_seed(0)
-    training = chapter_code("03")["train"](Autoencoder(SHAPES.autoencoder), drawing(book.load_data("train")), record["steps"], partial(autoencoder_loss, kl_weight=0.0), cloud=False)
+    training = chapter_code("03")["train"](
+        Autoencoder(SHAPES.autoencoder),
+        drawing(book.load_data("train")),
+        record["steps"],
+        partial(autoencoder_loss, kl_weight=0.0),
+        cloud=False,
+    )
     return [mean_of([next(training)["l1"] for _ in range(20)])], record["variants"]["$L_1$"]["curves"]["l1"][:1]
 
 
@@ -282,6 +343,7 @@ def first_steps_of_l1(record):
 def kl_sweep(steps: int = 800, weights=(1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)):
     """The same autoencoder, L1 + perceptual + KL, the KL's weight from a millionth up; five restored pictures and five from noise each."""
     from ldm_minimal import SHAPES, Autoencoder, PerceptualLoss, autoencoder_loss
+
     code, data, test = chapter_code("03"), book.load_data("train"), book.load_data("test")
     x, noise, found, tiles = test.pictures(slice(0, 256)), torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0)), {}, []
     seen = PerceptualLoss(book.load_model().image_encoder.requires_grad_(False).features)
@@ -298,18 +360,29 @@ def kl_sweep(steps: int = 800, weights=(1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)):
         print(weight, scores)
     return {"steps": steps, "weights": list(weights), "variants": found}, torch.cat(tiles)
 
+
 # ---- chapter 4 ----
+
 
 @recipe("04/scaled")
 def scaled(steps: int = 1000, widths=(1.0, 5.49, 0.18), captions: int = 128):
     """U-Nets of equal steps on latents of three widths: errors by t, prompt accuracy, and what each draws for eight prompts."""
     from ldm_minimal import Stage, UNet, train_denoiser
     from ldm_minimal.__main__ import draw_captions
+
     model, data, test = book.load_model(), book.load_data("train"), book.load_data("test")
     measured, x, times = model.scale_factor, test.pictures(slice(0, 128)), list(range(0, 1000, 50)) + [999]
     stage = replace(model.config.denoiser_stage, steps=steps)
-    prompts = ["a red circle", "a large blue square", "a small green star", "a yellow heart", "a pink cross above a blue circle", "a red star left of a green square",
-               "a cyan triangle above a purple heart", "an orange circle left of a blue cross"]
+    prompts = [
+        "a red circle",
+        "a large blue square",
+        "a small green star",
+        "a yellow heart",
+        "a pink cross above a blue circle",
+        "a red star left of a green square",
+        "a cyan triangle above a purple heart",
+        "an orange circle left of a blue cross",
+    ]
     found, tiles = {}, []
     for width in widths:
         torch.manual_seed(0)
@@ -320,19 +393,31 @@ def scaled(steps: int = 1000, widths=(1.0, 5.49, 0.18), captions: int = 128):
             z, context = model.encode(x), model.embed(test.captions[:128])
             for t in times:
                 eps, a = torch.randn(z.shape, generator=noise), model.schedule.alpha_bars[t].item()
-                error = (model.unet(model.schedule.add_noise(z, torch.full((128,), t), eps), torch.full((128,), t), context) - eps).square().mean().item()
+                error = (
+                    (model.unet(model.schedule.add_noise(z, torch.full((128,), t), eps), torch.full((128,), t), context) - eps)
+                    .square()
+                    .mean()
+                    .item()
+                )
                 eps_by_t.append(float(f"{error:.4g}"))
                 z0_by_t.append(float(f"{(error * (1 - a) / a) ** 0.5 / width:.4g}"))
             right = legible(draw_captions(model, test.captions[:captions], 5.0, 0), test.captions[:captions])
             tiles.append(draw_captions(model, prompts, 5.0, 0).clamp(-1, 1))
-        found[f"{width:g}"] = {"eps_by_t": eps_by_t, "z0_by_t": z0_by_t, "accuracy": right, "mse": [mean_of(losses[i:i + 20]) for i in range(0, steps, 20)]}
+        found[f"{width:g}"] = {
+            "eps_by_t": eps_by_t,
+            "z0_by_t": z0_by_t,
+            "accuracy": right,
+            "mse": [mean_of(losses[i : i + 20]) for i in range(0, steps, 20)],
+        }
         print(width, found[f"{width:g}"])
     return {"steps": steps, "batch": stage.batch, "t": times, "prompts": prompts, "variants": found}, torch.cat(tiles)
+
 
 @probe("04/scaled")
 def first_steps_at_unit_width(record):
     """Twenty steps of the rescaled training."""
     from ldm_minimal import UNet, train_denoiser
+
     model = book.load_model()
     torch.manual_seed(0)
     model.unet = UNet(model.config.unet)
@@ -342,17 +427,23 @@ def first_steps_at_unit_width(record):
 
 # ---- chapter 5 ----
 
+
 def things_of(count: int, things: int, skip: int = 0) -> list[dict]:
     """Test scenes with so many things: rows of the metadata."""
     rows = [row for row in book.load_data("test").rows if row["split"] == "test" and len(row["scene"]["things"]) == things]
-    return rows[skip:skip + count]
+    return rows[skip : skip + count]
 
 
 @recipe("05/drawn")
 def attention_while_drawing(count: int = 64, steps: int = 50):
     """Chapter 5: draw captions of one and of two things, read where these came to lie, and score every step's maps against that."""
     code = chapter_code("05")
-    return {"steps": steps, "guidance": 3.0, "two": follow_maps(code, things_of(count, 2, skip=64), steps), "one": follow_maps(code, things_of(count, 1), steps)}, None
+    return {
+        "steps": steps,
+        "guidance": 3.0,
+        "two": follow_maps(code, things_of(count, 2, skip=64), steps),
+        "one": follow_maps(code, things_of(count, 1), steps),
+    }, None
 
 
 def follow_maps(code: dict, rows: list[dict], steps: int) -> dict:
@@ -367,15 +458,25 @@ def follow_maps(code: dict, rows: list[dict], steps: int) -> dict:
     named = [code["named"](row) for row in rows]
     wanted = [[(thing["colour"], thing["shape"]) for *_, thing in things] for things in named]
     whole = [i for i, (have, want) in enumerate(zip(found, wanted)) if all(kind in have for kind in want)]  # drawn as asked
-    discs = {side: torch.stack([torch.stack([code["disc"](found[i][kind], side) for kind in wanted[i]], dim=1) for i in whole]) for side in (4, 8)}
+    discs = {
+        side: torch.stack([torch.stack([code["disc"](found[i][kind], side) for kind in wanted[i]], dim=1) for i in whole])
+        for side in (4, 8)
+    }
     others = {side: disc.flip(2) for side, disc in discs.items()}
 
     def scores(places, discs):
-        return [[round(code["inside"](weights[i][whole], places[whole], discs[round(weights[i].shape[1] ** 0.5)]).mean().item(), 3) for _, weights in film]
-                for i in range(len(layers))]
+        return [
+            [
+                round(code["inside"](weights[i][whole], places[whole], discs[round(weights[i].shape[1] ** 0.5)]).mean().item(), 3)
+                for _, weights in film
+            ]
+            for i in range(len(layers))
+        ]
+
     words = dict(zip(("colour", "shape"), torch.tensor([[thing[:2] for thing in things] for things in named]).permute(2, 0, 1)))
     return {"pictures": len(rows), "as asked": len(whole), "t": [t for t, _ in film], "area": round(discs[8].mean().item(), 4)} | {
-        kind + name: scores(places, which) for kind, places in words.items() for name, which in (("", discs), (", other", others))}
+        kind + name: scores(places, which) for kind, places in words.items() for name, which in (("", discs), (", other", others))
+    }
 
 
 @recipe("05/swap")
@@ -391,7 +492,14 @@ def swapped_vectors(count: int = 64, steps: int = 25):
         for place in places.values():
             drawn = code["draw"](torch.where(place[..., None], two, one), steps=steps)
             follows[-1].append(sum(found[kind] for found in code["marks"](drawn, second)) / count)
-    return {"pictures": count, "steps": steps, "guidance": 3.0, "what": what, "parts": list(places), "follows": [[round(v, 3) for v in row] for row in follows]}, None
+    return {
+        "pictures": count,
+        "steps": steps,
+        "guidance": 3.0,
+        "what": what,
+        "parts": list(places),
+        "follows": [[round(v, 3) for v in row] for row in follows],
+    }, None
 
 
 @recipe("05/words")
@@ -403,16 +511,25 @@ def contexts_spoilt(count: int = 256, steps: int = 25):
     shuffled = [" ".join(chance.sample(text.split(), len(text.split()))) for text in captions]
     padding = (place > (tokenizer(captions) == tokenizer.end).int().argmax(dim=1, keepdim=True))[..., None]
     plain, bag = model.embed(captions), code["model"].embed(shuffled)
-    contexts = {"as asked": plain, "words shuffled": bag, "padding: zeros": torch.where(padding, 0.0, plain),
-                "padding: of the empty caption": torch.where(padding, model.embed([""]), plain), "padding: of the next caption": torch.where(padding, plain.roll(1, dims=0), plain)}
+    contexts = {
+        "as asked": plain,
+        "words shuffled": bag,
+        "padding: zeros": torch.where(padding, 0.0, plain),
+        "padding: of the empty caption": torch.where(padding, model.embed([""]), plain),
+        "padding: of the next caption": torch.where(padding, plain.roll(1, dims=0), plain),
+    }
     model.text_encoder.position.weight.data.zero_()
     contexts["positions forgotten"] = model.embed(captions)
     share = []
     for context in contexts.values():
         with torch.no_grad():
-            found = code["marks"](torch.cat([code["draw"](part, steps=steps, seed=i) for i, part in enumerate(context.split(64))]), captions)
+            found = code["marks"](
+                torch.cat([code["draw"](part, steps=steps, seed=i) for i, part in enumerate(context.split(64))]), captions
+            )
         several = {"all of it": [all(marks.values()) for marks in found]} | {
-            name: [value for marks in found for key, value in marks.items() if key.startswith(name)] for name in ("count", "colour", "shape", "relation", "background")}
+            name: [value for marks in found for key, value in marks.items() if key.startswith(name)]
+            for name in ("count", "colour", "shape", "relation", "background")
+        }
         share.append([round(sum(values) / len(values), 3) for values in several.values()])
     return {"pictures": count, "steps": steps, "guidance": 3.0, "contexts": list(contexts), "marks": list(several), "share": share}, None
 
@@ -426,10 +543,12 @@ def one_thing_drawn(record):
 
 # ---- chapter 6 ----
 
+
 def scene_for(caption: str, random):
     """A scene of which `caption` is true; what it leaves open is drawn as the data set draws it."""
     from oracle import parse
     from prepare import BACKGROUNDS, LINES, SIZES, Scene, Thing, pick
+
     stated, ends = parse(caption), ((0.25, 0.5), (0.75, 0.5))
     places = {"left of": ends, "right of": ends[::-1], "above": [e[::-1] for e in ends], "below": [e[::-1] for e in ends[::-1]]}
     things = []
@@ -444,7 +563,9 @@ def scene_for(caption: str, random):
 def denoised(model, prompts: list[str], w: float, seed: int, batch: int = 64) -> Tensor:
     """The latents that fifty steps make of the prompts, with the same noise for every w."""
     random = torch.Generator().manual_seed(seed)
-    return torch.cat([[z for _, z, _ in model.denoise(prompts[i:i + batch], guidance=w, generator=random)][-1] for i in range(0, len(prompts), batch)])
+    return torch.cat(
+        [[z for _, z, _ in model.denoise(prompts[i : i + batch], guidance=w, generator=random)][-1] for i in range(0, len(prompts), batch)]
+    )
 
 
 def guided_scores(model, code: dict, w: float, count: int) -> dict:
@@ -455,7 +576,13 @@ def guided_scores(model, code: dict, w: float, count: int) -> dict:
         x = model.decode(z)
     grades = [grade(picture, caption) for picture, caption in zip(((x + 1) / 2).permute(0, 2, 3, 1).numpy(), test.captions)]
     single, colours = [holds for g in grades for holds in g.values()], code["colours"](x).mean(dim=0).tolist()
-    return {"accuracy": round(sum(all(g.values()) for g in grades) / count, 4), "attributes": round(sum(single) / len(single), 4), "vividness": round(colours[0], 4), "off": round(colours[1], 4), "latent_std": round(z.std().item(), 4)}
+    return {
+        "accuracy": round(sum(all(g.values()) for g in grades) / count, 4),
+        "attributes": round(sum(single) / len(single), 4),
+        "vividness": round(colours[0], 4),
+        "off": round(colours[1], 4),
+        "latent_std": round(z.std().item(), 4),
+    }
 
 
 @recipe("06/sweep")
@@ -463,15 +590,27 @@ def sweep(weights=(0, 1, 2, 3, 5, 7.5, 10, 15), captions: int = 128, prompts: in
     """The shipped model at each w: accuracy, saturation, variety between seeds; pictures of six prompts, and of one with eight seeds."""
     import numpy as np
     from prepare import draw
+
     code, model, judge, test = chapter_code("06"), book.load_model(), book.load_judge(), book.load_data("test")
-    shown = ["a red circle", "a large green star", "a small blue square", "a striped yellow heart", "a purple triangle above an orange cross", "a cyan heart left of a red circle"]
+    shown = [
+        "a red circle",
+        "a large green star",
+        "a small blue square",
+        "a striped yellow heart",
+        "a purple triangle above an orange cross",
+        "a cyan heart left of a red circle",
+    ]
     unfinished = [caption for caption in test.captions if "background" not in caption][:prompts]
     many, random = [caption for caption in unfinished for _ in range(seeds)], np.random.default_rng(0)
 
     def varieties(x):
         with torch.no_grad():
             features = judge.image_encoder(x)
-        return {"variety": round(code["variety"](features.unflatten(0, (prompts, seeds))), 4), "backgrounds": round(code["backgrounds"](x, prompts), 4)}
+        return {
+            "variety": round(code["variety"](features.unflatten(0, (prompts, seeds))), 4),
+            "backgrounds": round(code["backgrounds"](x, prompts), 4),
+        }
+
     real = torch.stack([torch.from_numpy(draw(scene_for(caption, random), 32)) for caption in many]).permute(0, 3, 1, 2) / 127.5 - 1
     truth, found, rows, tiles = varieties(real), {}, [], []
     first = round(denoised(model, test.captions[:8], 5.0, 0).std().item(), 4)
@@ -482,8 +621,16 @@ def sweep(weights=(0, 1, 2, 3, 5, 7.5, 10, 15), captions: int = 128, prompts: in
         rows.append(few)
         tiles.append(x[:seeds])
         print(w, found[f"{w:g}"], flush=True)
-    return {"weights": list(weights), "captions": captions, "prompts": shown, "unfinished": unfinished, "seeds": seeds, "truth": truth, "first_std": first,
-            "by_w": found}, torch.cat(rows + tiles)
+    return {
+        "weights": list(weights),
+        "captions": captions,
+        "prompts": shown,
+        "unfinished": unfinished,
+        "seeds": seeds,
+        "truth": truth,
+        "first_std": first,
+        "by_w": found,
+    }, torch.cat(rows + tiles)
 
 
 @probe("06/sweep")
@@ -497,8 +644,18 @@ def dropout(steps: int = 600, rates=(0.1, 0.0), captions: int = 128):
     """Two short U-Nets, that differ in how often the caption was dropped: errors with and without a caption, eight pictures each at w = 0, 1, 5; accuracy by w."""
     from ldm_minimal import UNet, train_denoiser
     from oracle import UNKNOWN, read
+
     code, model, data, test, found, tiles = chapter_code("06"), book.load_model(), book.load_data("train"), book.load_data("test"), {}, []
-    prompts = ["a red circle", "a blue square", "a large green star", "a yellow heart", "a purple triangle", "an orange cross", "a pink circle on a black background", "a cyan square on a white background"]
+    prompts = [
+        "a red circle",
+        "a blue square",
+        "a large green star",
+        "a yellow heart",
+        "a purple triangle",
+        "an orange cross",
+        "a pink circle on a black background",
+        "a cyan square on a white background",
+    ]
     times = list(range(50, 1000, 100))
     for rate in rates:
         torch.manual_seed(0)
@@ -507,16 +664,26 @@ def dropout(steps: int = 600, rates=(0.1, 0.0), captions: int = 128):
         losses = [parts["mse"].item() for _, parts in train_denoiser(model, data, stage, caption_dropout=rate, seed=0)]
         noise, errors = torch.Generator().manual_seed(1), []
         with torch.no_grad():
-            z, contexts = model.encode(test.pictures(slice(0, 128))), (model.embed(test.captions[:128]), model.embed([""]).expand(128, -1, -1))
+            z, contexts = (
+                model.encode(test.pictures(slice(0, 128))),
+                (model.embed(test.captions[:128]), model.embed([""]).expand(128, -1, -1)),
+            )
             for t in times:
                 eps, at = torch.randn(z.shape, generator=noise), torch.full((128,), t)
-                errors.append([float(f"{(model.unet(model.schedule.add_noise(z, at, eps), at, c) - eps).square().mean():.4g}") for c in contexts])
+                errors.append(
+                    [float(f"{(model.unet(model.schedule.add_noise(z, at, eps), at, c) - eps).square().mean():.4g}") for c in contexts]
+                )
             nothing = model.decode(denoised(model, [""] * 64, 1.0, 0))
             tiles += [nothing[:8]] + [model.decode(denoised(model, prompts, w, 2)) for w in (1.0, 5.0)]
         scenes = [read(picture) for picture in ((nothing + 1) / 2).permute(0, 2, 3, 1).numpy()]
         legible = [1 <= len(s.things) <= 2 and UNKNOWN not in (s.background, *(thing.shape for thing in s.things)) for s in scenes]
-        found[f"{rate:g}"] = {"mse": [mean_of(losses[i:i + 20]) for i in range(0, steps, 20)], "captioned": [e[0] for e in errors], "empty": [e[1] for e in errors],
-                              "legible": round(sum(legible) / 64, 4), "by_w": {f"{w:g}": guided_scores(model, code, w, captions) for w in ((1, 2, 3, 5, 10) if rate else (1, 5))}}
+        found[f"{rate:g}"] = {
+            "mse": [mean_of(losses[i : i + 20]) for i in range(0, steps, 20)],
+            "captioned": [e[0] for e in errors],
+            "empty": [e[1] for e in errors],
+            "legible": round(sum(legible) / 64, 4),
+            "by_w": {f"{w:g}": guided_scores(model, code, w, captions) for w in ((1, 2, 3, 5, 10) if rate else (1, 5))},
+        }
         print(rate, found[f"{rate:g}"], flush=True)
     return {"steps": steps, "batch": stage.batch, "captions": captions, "t": times, "prompts": prompts, "by_rate": found}, torch.cat(tiles)
 
@@ -525,18 +692,23 @@ def dropout(steps: int = 600, rates=(0.1, 0.0), captions: int = 128):
 def first_steps_without_dropout(record):
     """Twenty steps of the training that never drops a caption."""
     from ldm_minimal import UNet, train_denoiser
+
     model = book.load_model()
     torch.manual_seed(0)
     model.unet = UNet(model.config.unet)
-    training = train_denoiser(model, book.load_data("train"), replace(model.config.denoiser_stage, steps=record["steps"]), caption_dropout=0.0, seed=0)
+    training = train_denoiser(
+        model, book.load_data("train"), replace(model.config.denoiser_stage, steps=record["steps"]), caption_dropout=0.0, seed=0
+    )
     return [mean_of([next(training)[1]["mse"].item() for _ in range(20)])], record["by_rate"]["0"]["mse"][:1]
 
 
 # ---- chapter 7 ----
 
+
 def seen_in(picture: Tensor):
     """The scene that the oracle sees in x (3, H, W)."""
     from oracle import read
+
     return read(((picture.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy())
 
 
@@ -545,22 +717,31 @@ def fewer_steps(captions: int = 64, counts=(1000, 250, 50, 20, 10, 5, 2), guidan
     """Prompt accuracy, and the distance from 1000 steps, against the number of steps; four captions drawn with some."""
     from ldm_minimal import ddim_sample, ddim_timesteps, guided_eps
     from ldm_minimal.__main__ import accuracy
+
     code, model, test = chapter_code("07"), book.load_model(), book.load_data("test")
-    rows, code["schedule"] = test.rows[:captions], model.schedule                  # `skip`, with the model's own schedule
+    rows, code["schedule"] = test.rows[:captions], model.schedule  # `skip`, with the model's own schedule
     with torch.no_grad():
         context = torch.cat([model.embed([""]).expand(captions, -1, -1), model.embed(test.captions[:captions])])
         prepared = model.unet.prepare(context)
-    guess = torch.no_grad()(lambda z, t: guided_eps(model.unet, z, torch.full((len(z),), int(t[0]) if torch.is_tensor(t) else t), prepared, guidance))
+    guess = torch.no_grad()(
+        lambda z, t: guided_eps(model.unet, z, torch.full((len(z),), int(t[0]) if torch.is_tensor(t) else t), prepared, guidance)
+    )
     start, other = torch.randn(2, captions, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def end(z=start, **settings):
         *_, (_, z, _) = ddim_sample(guess, model.schedule, z, generator=torch.Generator().manual_seed(1), **settings)
         return z
+
     def skipped(n):
         *_, z = code["skip"](guess, start, [t for t, _, _ in ddim_timesteps(model.schedule, n)], torch.Generator().manual_seed(1))
         return z
-    ways = {"DDIM": (counts, lambda n: end(steps=n)), "DDIM, leading": (counts[1:], lambda n: end(steps=n, spacing="leading")),
-            "DDIM, $\\eta$ = 1": (counts, lambda n: end(steps=n, eta=1.0)), "DDPM, steps skipped": (counts[1:], skipped)}
+
+    ways = {
+        "DDIM": (counts, lambda n: end(steps=n)),
+        "DDIM, leading": (counts[1:], lambda n: end(steps=n, spacing="leading")),
+        "DDIM, $\\eta$ = 1": (counts, lambda n: end(steps=n, eta=1.0)),
+        "DDPM, steps skipped": (counts[1:], skipped),
+    }
     found, drawn = {}, {}
     for name, (numbers, way) in ways.items():
         found[name] = {"steps": list(numbers), "accuracy": [], "distance": []}
@@ -575,8 +756,16 @@ def fewer_steps(captions: int = 64, counts=(1000, 250, 50, 20, 10, 5, 2), guidan
     with torch.no_grad():
         tiles = torch.cat([model.decode(drawn[key][some]) for key in pictured])
         ceiling = accuracy(model.decode(model.encode(test.pictures(slice(0, captions)))), rows)["all"]
-    return {"captions": captions, "guidance": guidance, "steps": list(counts), "ways": found, "another_seed": apart(end(other, steps=50), drawn["DDIM", 50]),
-            "ceiling": round(ceiling, 4), "prompts": test.captions[some], "pictured": [list(key) for key in pictured]}, tiles
+    return {
+        "captions": captions,
+        "guidance": guidance,
+        "steps": list(counts),
+        "ways": found,
+        "another_seed": apart(end(other, steps=50), drawn["DDIM", 50]),
+        "ceiling": round(ceiling, 4),
+        "prompts": test.captions[some],
+        "pictured": [list(key) for key in pictured],
+    }, tiles
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -588,6 +777,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 def mixed_seeds(count: int = 256, mixed=(1, 2, 4, 16), steps: int = 20, prompt: str = "a large red heart"):
     """What becomes of the backgrounds, which the prompt leaves open, where 2, 4 and 16 starts are averaged; straight, and put back on the shell."""
     from oracle import grade_scene
+
     model, noises = book.load_model(), torch.randn(count, max(mixed), 4, 8, 8, generator=torch.Generator().manual_seed(0))
     found = {"straight": [], "on the shell": []}
     for name in found:
@@ -598,8 +788,10 @@ def mixed_seeds(count: int = 256, mixed=(1, 2, 4, 16), steps: int = 20, prompt: 
                 x = model.decode(z)
             scenes = [seen_in(picture) for picture in x]
             holds = sum(all(grade_scene(scene, prompt).values()) for scene in scenes)
-            found[name].append({b: round(sum(scene.background == b for scene in scenes) / count, 4) for b in ("white", "cream", "grey", "black")}
-                               | {"accuracy": round(holds / count, 4)})
+            found[name].append(
+                {b: round(sum(scene.background == b for scene in scenes) / count, 4) for b in ("white", "cream", "grey", "black")}
+                | {"accuracy": round(holds / count, 4)}
+            )
             print(name, k, found[name][-1])
     return {"count": count, "mixed": list(mixed), "prompt": prompt, "drawing_steps": steps, "shares": found}, None
 
@@ -608,12 +800,13 @@ def mixed_seeds(count: int = 256, mixed=(1, 2, 4, 16), steps: int = 20, prompt: 
 def picture_to_picture(count: int = 64, starts=(50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999), guidances=(5.0, 1.0)):
     """Another colour for real pictures, from each start: which part of the old picture is kept, which part of the new caption holds."""
     from prepare import COLOURS, HELD_OUT
+
     model, test, colours = book.load_model(), book.load_data("test"), list(COLOURS)
     rows = [i for i, row in enumerate(test.rows) if len(row["scene"]["things"]) == 1][:count]
     old, wanted = [test.rows[i]["scene"] for i in rows], []
     for scene in old:
         thing, place = scene["things"][0], colours.index(scene["things"][0]["colour"])
-        wanted.append(next(c for c in colours[place + 3:] + colours[:place] if (c, thing["shape"]) not in HELD_OUT))
+        wanted.append(next(c for c in colours[place + 3 :] + colours[:place] if (c, thing["shape"]) not in HELD_OUT))
     prompts = [f"a {colour} {scene['things'][0]['shape']}" for colour, scene in zip(wanted, old)]
     eps, shares = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0)), {}
     with torch.no_grad():
@@ -621,7 +814,9 @@ def picture_to_picture(count: int = 64, starts=(50, 100, 200, 300, 400, 500, 600
     for guidance in guidances:
         found = shares[f"{guidance:g}"] = {name: [] for name in ("new colour", "shape", "place", "size", "background")}
         for start in starts:
-            *_, (_, new, _) = model.denoise(prompts, z=model.schedule.add_noise(z, torch.full((count,), start), eps), start=start, guidance=guidance)
+            *_, (_, new, _) = model.denoise(
+                prompts, z=model.schedule.add_noise(z, torch.full((count,), start), eps), start=start, guidance=guidance
+            )
             with torch.no_grad():
                 pictures = model.decode(new)
             kept = [what_is_kept(seen_in(picture), scene, colour) for picture, scene, colour in zip(pictures, old, wanted)]
@@ -645,6 +840,7 @@ def what_is_kept(now, old: dict, colour: str) -> tuple[bool, ...]:
 def accuracy_of_five_steps(record):
     """The same captions and starting noises, five steps of DDIM."""
     from ldm_minimal.__main__ import accuracy
+
     model, test, count = book.load_model(), book.load_data("test"), record["captions"]
     start, _ = torch.randn(2, count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     *_, (_, z, _) = model.denoise(test.captions[:count], z=start, steps=5, guidance=record["guidance"])
@@ -653,6 +849,7 @@ def accuracy_of_five_steps(record):
 
 
 # ---- chapter 8 ----
+
 
 @recipe("08/reference")
 def reference(seeds: int = 5, steps=(60, 150, 100), window: int = 10):
@@ -683,7 +880,12 @@ def held_out_error(model, unet, z, context) -> float:
     with torch.no_grad():
         for t in range(25, 1000, 50):
             eps = torch.randn(z.shape, generator=noise)
-            errors.append((unet(model.schedule.add_noise(z, torch.full((len(z),), t), eps), torch.full((len(z),), t), context) - eps).square().mean().item())
+            errors.append(
+                (unet(model.schedule.add_noise(z, torch.full((len(z),), t), eps), torch.full((len(z),), t), context) - eps)
+                .square()
+                .mean()
+                .item()
+            )
     return float(f"{sum(errors) / len(errors):.4g}")
 
 
@@ -691,13 +893,16 @@ def held_out_error(model, unet, z, context) -> float:
 def ema(steps: int = 500, every: int = 25):
     """One U-Net on the shipped latents: held-out error of the weights of the step and of their average."""
     from ldm_minimal import UNet, train_denoiser
+
     model, data, test = book.load_model(), book.load_data("train"), book.load_data("test")
     torch.manual_seed(0)
     model.unet = UNet(model.config.unet)
     with torch.no_grad():
         z, context = model.encode(test.pictures(slice(0, 64))), model.embed(test.captions[:64])
     parts, at, raw, average = {}, [], [], []
-    for step, _ in train_denoiser(model, data, replace(model.config.denoiser_stage, steps=2 * steps), resume=lambda p: parts.update(p) or 0):
+    for step, _ in train_denoiser(
+        model, data, replace(model.config.denoiser_stage, steps=2 * steps), resume=lambda p: parts.update(p) or 0
+    ):
         if step % every == 0:
             at.append(step)
             raw.append(held_out_error(model, parts["unet"], z, context))
@@ -711,13 +916,23 @@ def ema(steps: int = 500, every: int = 25):
 def rates(steps: int = 300, values=("4e-5", "4e-3", "4e-1")):
     """Three U-Nets that differ in the learning rate: mean error of every ten steps, and four pictures each."""
     from ldm_minimal import UNet, train_denoiser
+
     model, data, found, tiles = book.load_model(), book.load_data("train"), {}, []
     for rate in values:
         torch.manual_seed(0)
         model.unet = UNet(model.config.unet)
-        losses = [parts["mse"].item() for _, parts in train_denoiser(model, data, replace(model.config.denoiser_stage, steps=steps, learning_rate=float(rate)))]
+        losses = [
+            parts["mse"].item()
+            for _, parts in train_denoiser(model, data, replace(model.config.denoiser_stage, steps=steps, learning_rate=float(rate)))
+        ]
         found[rate] = [float(f"{v:.4g}") for v in torch.tensor(losses).view(-1, 10).mean(dim=1).tolist()]
-        tiles.append(model.generate(["a red circle", "a blue square", "a large yellow star", "a green heart"], guidance=3.0, generator=torch.Generator().manual_seed(0)).nan_to_num())
+        tiles.append(
+            model.generate(
+                ["a red circle", "a blue square", "a large yellow star", "a green heart"],
+                guidance=3.0,
+                generator=torch.Generator().manual_seed(0),
+            ).nan_to_num()
+        )
     return {"steps": steps, "at": list(range(5, steps, 10)), "mse": found}, torch.cat(tiles)
 
 
