@@ -51,7 +51,7 @@ def show(pictures: Tensor | Sequence[Tensor], captions: Sequence[str] = (), *, c
                                 squeeze=False)
     for i, axis in enumerate(axes.flat):
         axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+        axis.spines[:].set(visible=i < len(pictures), color="#cccccc", linewidth=0.6)  # white pictures end somewhere, too
         if i < len(pictures):
             axis.imshow(to_image(pictures[i]))
             if i < len(captions):
