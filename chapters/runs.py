@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 import book
+from ldm_minimal.__main__ import accuracy
 from oracle import grade
 
 HERE = Path(__file__).resolve().parent
@@ -178,12 +179,6 @@ def minutes() -> str:
     return "\n".join(rows)
 
 
-def legible(x: Tensor, captions: list[str]) -> float:
-    """The share of pictures in which the oracle finds every attribute that their captions state."""
-    pictures = ((x.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
-    return round(sum(all(grade(picture, caption).values()) for picture, caption in zip(pictures, captions)) / len(captions), 4)
-
-
 # ---- chapter 2 ----
 
 
@@ -233,7 +228,7 @@ def first_steps_in_pixels(record):
 # ---- chapter 3 ----
 
 
-def restored_scores(net, code, x, captions) -> tuple[dict, Tensor]:
+def restored_scores(net, code, x, rows) -> tuple[dict, Tensor]:
     """How well an autoencoder restores x: PSNR, the judge's seen difference, the share that the oracle still reads; and x_hat."""
     from ldm_minimal import PerceptualLoss
 
@@ -243,7 +238,7 @@ def restored_scores(net, code, x, captions) -> tuple[dict, Tensor]:
     return {
         "psnr": round(code["psnr"](x, x_hat), 2),
         "seen": round(seen, 4),
-        "legible": legible(x_hat, captions),
+        "legible": round(accuracy(x_hat, rows)["all"], 4),
         "kl": round(posterior.kl().mean().item(), 1),
         "mean_std": round(posterior.mean.std().item(), 4),
         "channel_std": [round(v, 4) for v in posterior.mean.std(dim=(0, 2, 3)).tolist()],
@@ -292,7 +287,7 @@ def losses(steps: int = 1200, every: int = 20):
             loss = partial(loss, last_weight=net.decoder[-1].weight)
         parts = list(code["train"](net, drawing(data), steps, loss, critic, start or 0, cloud))
         curves = {key: [mean_of([p[key] for p in parts[i : i + every] if key in p]) for i in range(0, steps, every)] for key in parts[-1]}
-        scores, x_hat = restored_scores(net.eval(), code, x, test.captions[:256])
+        scores, x_hat = restored_scores(net.eval(), code, x, test.rows[:256])
         found[name] = scores | {"curves": curves}
         tiles.append(x_hat[:6])
         print(name, scores)
@@ -314,7 +309,7 @@ def fixed_weight(steps: int = 1200, every: int = 20, weight: float = 5000.0):
     torch.manual_seed(0)
     net = Autoencoder(SHAPES.autoencoder)
     parts = list(code["train"](net, drawing(data), steps, objective, PatchDiscriminator(32, 2), 0))
-    scores, x_hat = restored_scores(net.eval(), code, test.pictures(slice(0, 256)), test.captions[:256])
+    scores, x_hat = restored_scores(net.eval(), code, test.pictures(slice(0, 256)), test.rows[:256])
     curves = {key: [mean_of([p[key] for p in parts[i : i + every]]) for i in range(0, steps, every)] for key in ("l1", "discriminator")}
     return {"steps": steps, "weight": weight, "curves": curves} | scores, x_hat[:6]
 
@@ -353,7 +348,7 @@ def kl_sweep(steps: int = 800, weights=(1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)):
         objective = partial(autoencoder_loss, perceptual=seen, kl_weight=weight, perceptual_weight=SHAPES.perceptual_weight)
         for _ in code["train"](net, drawing(data), steps, objective):
             pass
-        scores, x_hat = restored_scores(net.eval(), code, x, test.captions[:256])
+        scores, x_hat = restored_scores(net.eval(), code, x, test.rows[:256])
         found[f"{weight:g}"] = scores
         with torch.no_grad():
             tiles += [x_hat[:5], net.decode(noise).clamp(-1, 1)]
@@ -367,7 +362,7 @@ def kl_sweep(steps: int = 800, weights=(1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)):
 @recipe("04/scaled")
 def scaled(steps: int = 1000, widths=(1.0, 5.49, 0.18), captions: int = 128):
     """U-Nets of equal steps on latents of three widths: errors by t, prompt accuracy, and what each draws for eight prompts."""
-    from ldm_minimal import Stage, UNet, train_denoiser
+    from ldm_minimal import UNet, train_denoiser
     from ldm_minimal.__main__ import draw_captions
 
     model, data, test = book.load_model(), book.load_data("train"), book.load_data("test")
@@ -401,7 +396,7 @@ def scaled(steps: int = 1000, widths=(1.0, 5.49, 0.18), captions: int = 128):
                 )
                 eps_by_t.append(float(f"{error:.4g}"))
                 z0_by_t.append(float(f"{(error * (1 - a) / a) ** 0.5 / width:.4g}"))
-            right = legible(draw_captions(model, test.captions[:captions], 5.0, 0), test.captions[:captions])
+            right = round(accuracy(draw_captions(model, test.captions[:captions], 5.0, 0), test.rows[:captions])["all"], 4)
             tiles.append(draw_captions(model, prompts, 5.0, 0).clamp(-1, 1))
         found[f"{width:g}"] = {
             "eps_by_t": eps_by_t,
@@ -613,7 +608,6 @@ def sweep(weights=(0, 1, 2, 3, 5, 7.5, 10, 15), captions: int = 128, prompts: in
 
     real = torch.stack([torch.from_numpy(draw(scene_for(caption, random), 32)) for caption in many]).permute(0, 3, 1, 2) / 127.5 - 1
     truth, found, rows, tiles = varieties(real), {}, [], []
-    first = round(denoised(model, test.captions[:8], 5.0, 0).std().item(), 4)
     for w in weights:
         with torch.no_grad():
             x, few = model.decode(denoised(model, many, w, 1)), model.decode(denoised(model, shown, w, 2))
@@ -628,15 +622,15 @@ def sweep(weights=(0, 1, 2, 3, 5, 7.5, 10, 15), captions: int = 128, prompts: in
         "unfinished": unfinished,
         "seeds": seeds,
         "truth": truth,
-        "first_std": first,
         "by_w": found,
     }, torch.cat(rows + tiles)
 
 
 @probe("06/sweep")
-def first_latents_at_5(record):
-    """The spread of the first eight latents."""
-    return [denoised(book.load_model(), book.load_data("test").captions[:8], 5.0, 0).std().item()], [record["first_std"]]
+def captions_at_5(record):
+    """The same captions drawn again at w = 5: how many are right, and how far their colours are from the palette."""
+    now = guided_scores(book.load_model(), chapter_code("06"), 5, record["captions"])
+    return [now[name] for name in ("accuracy", "off")], [record["by_w"]["5"][name] for name in ("accuracy", "off")]
 
 
 @recipe("06/dropout")
@@ -716,7 +710,6 @@ def seen_in(picture: Tensor):
 def fewer_steps(captions: int = 64, counts=(1000, 250, 50, 20, 10, 5, 2), guidance: float = 5.0):
     """Prompt accuracy, and the distance from 1000 steps, against the number of steps; four captions drawn with some."""
     from ldm_minimal import ddim_sample, ddim_timesteps, guided_eps
-    from ldm_minimal.__main__ import accuracy
 
     code, model, test = chapter_code("07"), book.load_model(), book.load_data("test")
     rows, code["schedule"] = test.rows[:captions], model.schedule  # `skip`, with the model's own schedule
@@ -839,7 +832,6 @@ def what_is_kept(now, old: dict, colour: str) -> tuple[bool, ...]:
 @probe("07/steps")
 def accuracy_of_five_steps(record):
     """The same captions and starting noises, five steps of DDIM."""
-    from ldm_minimal.__main__ import accuracy
 
     model, test, count = book.load_model(), book.load_data("test"), record["captions"]
     start, _ = torch.randn(2, count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
