@@ -10,7 +10,7 @@ TORCH_INDEX ?= $(shell [ "`uname -s`" != Linux ] || command -v nvidia-smi >/dev/
 
 RUN   := .venv/bin/python
 TORCH := $(shell grep '^torch==' requirements.txt)
-LPIPS := lpips==0.1.4
+ALONE := lpips==0.1.4 open_clip_torch==3.3.0
 
 .PHONY: help train test lab clean
 
@@ -54,5 +54,5 @@ clean:
 	"$(PYTHON)" -m venv .venv
 	$(if $(TORCH_INDEX),$(RUN) -m pip install --no-deps --timeout 15 --retries 2 --extra-index-url $(TORCH_INDEX) $(TORCH))
 	$(RUN) -m pip install -r requirements.txt
-	$(RUN) -m pip install --no-deps $(LPIPS)
+	$(RUN) -m pip install --no-deps $(ALONE)
 	@mv .venv/installing $@

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from . import stable_diffusion
 from .ldm import (CLIP, NAMED_SIZES, Attention, CaptionedImages, Config, LatentDiffusion, PerceptualLoss, Tokenizer,
                   measure_scale_factor, train_autoencoder, train_clip, train_denoiser)
 
@@ -53,19 +54,20 @@ def to_image(x: Tensor) -> Image.Image:
 
 def picture_grid(x: Tensor, captions: list[str], columns: int, tile: int = 160) -> Image.Image:
     """Pictures in rows of `columns`, each about `tile` wide with its caption under it. x: (N, 3, H, W) in [-1, 1]."""
-    tile = x.shape[-1] * max(1, round(tile / x.shape[-1]))
+    factor = max(1, round(tile / x.shape[-1]))
+    high, wide = factor * x.shape[-2], factor * x.shape[-1]
     font, line, pad = ImageFont.load_default(size=12), 15, 8
-    lines = [wrap(caption, font, tile) for caption in captions]
-    height = tile + line * max(map(len, lines)) + pad
+    lines = [wrap(caption, font, wide) for caption in captions]
+    height = high + line * max(map(len, lines)) + pad
     columns = min(columns, len(x))
-    sheet = Image.new("RGB", (columns * (tile + pad) + pad, math.ceil(len(x) / columns) * (height + pad) + pad), "white")
+    sheet = Image.new("RGB", (columns * (wide + pad) + pad, math.ceil(len(x) / columns) * (height + pad) + pad), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (picture, text) in enumerate(zip(x, lines)):
-        left, top = pad + (i % columns) * (tile + pad), pad + (i // columns) * (height + pad)
-        sheet.paste(to_image(picture).resize((tile, tile), Image.Resampling.NEAREST), (left, top))
-        pen.rectangle((left - 1, top - 1, left + tile, top + tile), outline="#bbbbbb")
+        left, top = pad + (i % columns) * (wide + pad), pad + (i // columns) * (height + pad)
+        sheet.paste(to_image(picture).resize((wide, high), Image.Resampling.NEAREST), (left, top))
+        pen.rectangle((left - 1, top - 1, left + wide, top + high), outline="#bbbbbb")
         for row, words in enumerate(text):
-            pen.text((left, top + tile + 3 + row * line), words, fill="#222222", font=font)
+            pen.text((left, top + high + 3 + row * line), words, fill="#222222", font=font)
     return sheet
 
 
@@ -392,8 +394,21 @@ def load_part(folder: str | os.PathLike, part: str, kind: type):
     return kind.load(folder if part == "model" and (folder / "config.json").is_file() else folder / part)
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_model(model: str | os.PathLike, *, precision: str = "fp32", tokenizer: str | None = None, device: str | None = None) -> LatentDiffusion:
+    """A run's folder, a saved model, or Stable Diffusion 1: a .safetensors or .ckpt file, or a `diffusers` folder."""
+    path, device, dtype = pathlib.Path(model), device or best_device(), PRECISIONS[precision]
+    if path.is_file() or (path / "model_index.json").is_file():
+        return stable_diffusion.load(path, dtype=dtype, device=device, tokenizer=tokenizer)
+    if tokenizer:
+        raise ValueError(f"--tokenizer is for files of Stable Diffusion; --model {path} has its own")
+    return load_part(path, "model", LatentDiffusion).to(device, dtype)
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -402,16 +417,18 @@ def sample(args: argparse.Namespace) -> None:
     out = pathlib.Path(args.out)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out {out} must end in .png, .jpg or .webp")
-    model = load_part(args.model, "model", LatentDiffusion).to(best_device())
     check_writable(out)
-    started = time.time()
-    path = model.denoise(args.prompts, steps=args.steps, guidance=args.guidance, negative=args.negative,
-                         generator=torch.Generator().manual_seed(args.seed))
+    model = load_model(args.model, precision=args.precision, tokenizer=args.tokenizer)
+    if args.precision != "fp32" and model.device.type == "cpu":
+        print(f"ldm_minimal: on a CPU {args.precision} halves the memory, and may take several times as long as fp32", file=sys.stderr)
+    started, side, prompts = time.time(), model.config.image_size, [prompt for prompt in args.prompts for _ in range(args.count)]
+    path = model.denoise(prompts, steps=args.steps, guidance=args.guidance, negative=args.negative,
+                         size=(args.height or side, args.width or side), generator=torch.Generator().manual_seed(args.seed))
     with tqdm(path, total=args.steps, desc="denoising", unit="step", leave=False) as bar, torch.no_grad():
         for _, z, _ in bar:
             pass
         x = model.decode(z)
-    save_grid(out, x, args.prompts) if len(x) > 1 else save_single(out, x[0])
+    save_grid(out, x, prompts) if len(x) > 1 else save_single(out, x[0])
     print(f"{out}  {len(x)} picture{'s' * (len(x) > 1)} of {x.shape[-1]} x {x.shape[-2]}, {time.time() - started:.1f} s")
 
 
@@ -533,7 +550,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def info(args: argparse.Namespace) -> None:
     """Parameters, bytes and floating-point operations of each part, measured by running it once."""
     if args.model and not args.size:
-        model = load_part(args.model, "model", LatentDiffusion)
+        model = load_model(args.model, device="meta")
     else:
         with torch.device("meta"):
             model = LatentDiffusion(NAMED_SIZES[args.size])
@@ -604,7 +621,14 @@ def parser() -> argparse.ArgumentParser:
 
     s = commands.add_parser("sample", help="draw prompts with a trained model")
     s.add_argument("prompts", nargs="+", metavar="PROMPT")
-    s.add_argument("--model", default=SHIPPED, help="a run's folder, or a saved model (default: the shipped one)")
+    s.add_argument("--model", default=SHIPPED, help="a run's folder, a saved model, or Stable Diffusion 1 as a .safetensors or .ckpt file or a "
+                   "`diffusers` folder (default: the shipped model)")
+    s.add_argument("--tokenizer", help="of a single-file Stable Diffusion: a folder with vocab.json and merges.txt, a tokenizer.json, or "
+                   "bpe_simple_vocab_16e6.txt.gz (default: from the Hugging Face hub)")
+    s.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="fp16 and bf16 halve the memory, for a GPU (default fp32)")
+    s.add_argument("--height", type=number(int, 1, 4096), help="in pixels (default: the model's); with Stable Diffusion a multiple of 64")
+    s.add_argument("--width", type=number(int, 1, 4096), help="likewise")
+    s.add_argument("--count", type=number(int, 1, 64), default=1, help="pictures of each prompt, drawn at once (default 1)")
     s.add_argument("--steps", type=number(int, 1, 1000), default=50)
     s.add_argument("--guidance", type=number(float, 0, 100), default=7.5)
     s.add_argument("--negative", default="", help="what to steer away from")

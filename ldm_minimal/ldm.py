@@ -76,8 +76,7 @@ class NoiseSchedule:
     where 1 - alpha_bar keeps its digits when alpha_bar is nearly 1.
 
     kind: "linear" (DDPM: 1e-4 to 0.02), "scaled-linear" (Stable Diffusion: sqrt(beta) linear, 0.00085 to 0.012) or
-    "cosine" (Nichol & Dhariwal eq. 17). T: number of steps, at least 2. Raises ValueError otherwise.
-    """
+    "cosine" (Nichol & Dhariwal eq. 17). T: number of steps, at least 2. Raises ValueError otherwise."""
 
     def __init__(self, kind: str = "scaled-linear", T: int = 1000):
         if T < 2:
@@ -98,8 +97,7 @@ class NoiseSchedule:
     def add_noise(self, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps: all t steps of noise in one (DDPM eq. 4).
 
-        z, eps: (B, ...); t: (B,) long in 0 ... T-1. Returns z_t like z.
-        """
+        z, eps: (B, ...); t: (B,) long in 0 ... T-1. Returns z_t like z."""
         shape = (-1,) + (1,) * (z.ndim - 1)
         signal = self.alpha_bars.sqrt().to(z.dtype).to(z.device)[t].view(shape)
         noise = (1 - self.alpha_bars).sqrt().to(z.dtype).to(z.device)[t].view(shape)
@@ -147,8 +145,7 @@ class Attention(nn.Module):
 
     x: (B, N, width); context: (B, M, context_width), or a dict {attention: (k, v)} as `UNet.prepare` makes once per
     prompt. Returns (B, N, width). The fused kernel is the default. Set `keep_weights` and each call leaves its weights,
-    (B, heads, N, M), in `weights`: slower, for looking at. Raises ValueError where `heads` does not divide `width`.
-    """
+    (B, heads, N, M), in `weights`: slower, for looking at. Raises ValueError where `heads` does not divide `width`."""
 
     def __init__(self, width: int, context_width: int | None = None, heads: int = 8, bias: bool = False,
                  causal: bool = False):
@@ -316,10 +313,10 @@ class Autoencoder(nn.Module):
     def encode(self, x: Tensor) -> Gaussian:
         if x.shape[-1] % self.f or x.shape[-2] % self.f:
             raise ValueError(f"x is {x.shape[-2]} x {x.shape[-1]}; height and width must be multiples of f = {self.f}")
-        return Gaussian(self.to_moments(self.encoder(x.contiguous(memory_format=torch.channels_last))))
+        return Gaussian(self.to_moments(self.encoder(x.to(self.from_latent.weight.dtype, memory_format=torch.channels_last))))
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(self.from_latent(z.contiguous(memory_format=torch.channels_last)))
+        return self.decoder(self.from_latent(z.to(self.from_latent.weight.dtype, memory_format=torch.channels_last)))
 
     def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Gaussian]:
         posterior = self.encode(x)
@@ -351,8 +348,7 @@ class PerceptualLoss(nn.Module):
         d(x, y) = sum_layers mean_positions sum_channels w (f(x) - f(y))^2,  f = features of unit length per position
 
     features: x -> list of (B, C, h, w), such as `ImageEncoder.features` (then this is the LPIPS *form*, not LPIPS) or
-    VGG16's, made by `PerceptualLoss.vgg`. weights: per layer (C,), or None for 1. x, y in [-1, 1]; returns (B,).
-    """
+    VGG16's, made by `PerceptualLoss.vgg`. weights: per layer (C,), or None for 1. x, y in [-1, 1]; returns (B,)."""
 
     def __init__(self, features: Callable[[Tensor], list[Tensor]], weights: list[Tensor] | None = None):
         super().__init__()
@@ -402,8 +398,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_weight: Te
     """Esser et al. 2021, eq. 7: |grad reconstruction| / (|grad adversarial| + 1e-4, CompVis' value) at the last layer.
 
     Both losses scalar and unscaled (before any GradScaler); the norms are taken in float32. Returns a scalar, detached,
-    in [0, 1e4]: multiplied by it, the adversary pulls on the decoder as hard as the reconstruction does.
-    """
+    in [0, 1e4]: multiplied by it, the adversary pulls on the decoder as hard as the reconstruction does."""
     norm = lambda loss: torch.autograd.grad(loss, last_weight, retain_graph=True)[0].float().norm()  # noqa: E731
     return (norm(reconstruction) / (norm(adversarial) + 1e-4)).clamp(0, 1e4).detach()
 
@@ -415,8 +410,7 @@ def autoencoder_loss(x: Tensor, x_hat: Tensor, posterior: Gaussian, perceptual: 
 
     Reconstruction and KL are summed over a picture and averaged over the batch, as in CompVis' code; the perceptual
     distance therefore counts once for every scalar of the picture. perceptual, adversary: None leaves the term out.
-    Returns the scalar to minimise and the parts: l1 per scalar, perceptual, kl per picture, adversarial, weight.
-    """
+    Returns the scalar to minimise and the parts: l1 per scalar, perceptual, kl per picture, adversarial, weight."""
     l1 = (x - x_hat).abs()
     distance = perceptual(x, x_hat) if perceptual else x.new_zeros(len(x))
     reconstruction = (l1.sum(dim=(1, 2, 3)) + perceptual_weight * distance * x[0].numel()).mean()
@@ -442,8 +436,7 @@ class CaptionedImages:
 
     Pictures are cut to their middle square, resized to `size` and held in memory: `images` (N, 3, size, size) uint8,
     `captions` list of N strings; `pictures(index)` gives x in [-1, 1]. Raises ValueError naming the file and line that
-    is wrong, FileNotFoundError where there is no metadata.jsonl.
-    """
+    is wrong, FileNotFoundError where there is no metadata.jsonl."""
 
     def __init__(self, folder: str | os.PathLike, size: int, progress: bool = False):
         folder = pathlib.Path(folder)
@@ -500,8 +493,7 @@ class Tokenizer:
 
     A caption is <|startoftext|>, its pairs, <|endoftext|>, and more <|endoftext|> up to `length` (as SD 1.x pads). The
     vocabulary is 256 bytes, 256 bytes that end a word, one entry for each merge, then the two marks: any text has
-    tokens, none is unknown. vocab: {token: id}; merges: pairs, most frequent first.
-    """
+    tokens, none is unknown. vocab: {token: id}; merges: pairs, most frequent first."""
 
     START, END = "<|startoftext|>", "<|endoftext|>"
     WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -534,7 +526,13 @@ class Tokenizer:
                                                  end_of_word_suffix="</w>", show_progress=False)
         engine.train_from_iterator(captions, trainer)
         merges = [tuple(pair) for pair in json.loads(engine.to_str())["model"]["merges"]][:room]
-        names = alphabet + ends + ["".join(pair) for pair in merges] + [cls.START, cls.END]
+        return cls.from_merges(merges, length)
+
+    @classmethod
+    def from_merges(cls, merges: list[tuple[str, str]], length: int = 77) -> Tokenizer:
+        """The vocabulary follows from the merges: CLIP's own file of them gives CLIP's own numbers."""
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        names = alphabet + [a + "</w>" for a in alphabet] + ["".join(pair) for pair in merges] + [cls.START, cls.END]
         return cls({name: i for i, name in enumerate(dict.fromkeys(names))}, merges, length)
 
     def pieces(self, caption: str) -> list[str]:
@@ -723,8 +721,8 @@ class UNetBlock(nn.Module):
 class UNet(nn.Module):
     """eps_theta(z_t, t, y): down, middle and up, with every map on the way down handed across (Rombach et al. app. E).
 
-    z_t (B, c, h, w), t (B,), context (B, 77, d) or what `prepare` made of it -> eps_hat (B, c, h, w). h and w must be
-    multiples of 2 ** (levels - 1). The last layer of every block, and of all, starts at zero, as in DDPM's code."""
+    z_t (B, c, h, w), t (B,), context (B, 77, d) or what `prepare` made of it -> eps_hat like z_t, in whatever precision the
+    weights are. h and w must be multiples of 2 ** (levels - 1). The last layer of every block, and of all, starts at zero, as in DDPM's code."""
 
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
@@ -768,8 +766,9 @@ class UNet(nn.Module):
         if z_t.shape[-1] % times or z_t.shape[-2] % times:
             raise ValueError(f"z_t is {z_t.shape[-2]} x {z_t.shape[-1]}; height and width must be multiples of {times}")
         # Every residual block wants silu(time): once here, not once in each.
-        time = F.silu(self.time(timestep_embedding(t, self.width).to(self.conv_in.weight.dtype)))  # (B, 4 width)
-        h = self.conv_in(z_t.contiguous(memory_format=torch.channels_last))                 # (B, width, h, w)
+        dtype = self.conv_in.weight.dtype
+        time = F.silu(self.time(timestep_embedding(t, self.width).to(dtype)))               # (B, 4 width)
+        h = self.conv_in(z_t.to(dtype, memory_format=torch.channels_last))                  # (B, width, h, w)
         handed = [h]
         for layer in self.down:
             h = layer(h) if isinstance(layer, Downsample) else layer(h, time, context)
@@ -778,7 +777,7 @@ class UNet(nn.Module):
             h = layer(h, time, context)
         for layer in self.up:
             h = layer(h) if isinstance(layer, Upsample) else layer(torch.cat([h, handed.pop()], dim=1), time, context)
-        return self.conv_out(F.silu(self.norm(h)))                                          # (B, c, h, w)
+        return self.conv_out(F.silu(self.norm(h))).to(z_t.dtype)                            # (B, c, h, w)
 
 
 # ------------------------------------------------------------------------------------------ guidance (chapter 6) ----
@@ -800,8 +799,7 @@ def ddpm_sample(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSche
     """DDPM algorithm 2: all T steps, or those from t = `start` down; sigma is the posterior's; no noise at the last.
 
         z_{t-1} = (z_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(1 - beta_t) + sigma_t noise
-        sigma_t^2 = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
-    """
+        sigma_t^2 = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)"""
     for t, a, a_before in ddim_timesteps(schedule, schedule.T, start=start):
         eps_hat, beta = predict(z, torch.full((len(z),), t, device=z.device)), schedule.betas[t].item()
         z0_hat = (z - (1 - a) ** 0.5 * eps_hat) / a**0.5
@@ -815,8 +813,7 @@ def ddim_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "trailing
     """The (t, alpha_bar_t, alpha_bar after the step) of each of `steps` steps, noisiest first.
 
     spacing: "trailing" begins at T-1 and ends at alpha_bar = 1, no noise left; "leading" is Stable Diffusion's: 981, 961,
-    ... 1 for fifty, ending at alpha_bar_0. start: begin at this t, not earlier. Raises ValueError for what is not allowed.
-    """
+    ... 1 for fifty, ending at alpha_bar_0. start: begin at this t, not earlier. Raises ValueError for what is not allowed."""
     T = schedule.T
     if not 1 <= steps <= T:
         raise ValueError(f"steps is {steps}; allowed are 1 to {T}")
@@ -844,8 +841,7 @@ def ddim_sample(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSche
         z'     = sqrt(a') z0_hat + sqrt(1 - a' - sigma^2) eps_hat + sigma noise
         sigma  = eta sqrt((1 - a') / (1 - a)) sqrt(1 - a / a')
 
-    eta: 0 is deterministic, 1 with all T steps is DDPM. steps, spacing, start: as in `ddim_timesteps`.
-    """
+    eta: 0 is deterministic, 1 with all T steps is DDPM. steps, spacing, start: as in `ddim_timesteps`."""
     for t, a, a_next in ddim_timesteps(schedule, steps, spacing, start):
         eps_hat = predict(z, torch.full((len(z),), t, device=z.device))
         z0_hat = (z - (1 - a) ** 0.5 * eps_hat) / a**0.5
@@ -861,8 +857,7 @@ def ddim_invert(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSche
     """`ddim_sample` (eta 0) run backwards: from a clean latent to the noise that would have drawn it.
 
     The step up to t needs eps_hat at z_t, which is not there yet; eps_hat at the z we have, and the same t, stands in
-    for it. More steps, smaller error. Yields (t, z_t, z0_hat).
-    """
+    for it. More steps, smaller error. Yields (t, z_t, z0_hat)."""
     for t, a, a_clean in reversed(ddim_timesteps(schedule, steps, spacing)):
         eps_hat = predict(z, torch.full((len(z),), t, device=z.device))
         z0_hat = (z - (1 - a_clean) ** 0.5 * eps_hat) / a_clean**0.5
@@ -903,11 +898,12 @@ class LatentDiffusion(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] -> z (B, c, h, w), the posterior's mean, scaled to about unit variance."""
-        return self.scale_factor * self.autoencoder.encode(x).mean
+        return self.scale_factor * self.autoencoder.encode(x).mean.to(x.dtype)
 
     def decode(self, z: Tensor) -> Tensor:
-        """z (B, c, h, w) -> x (B, 3, H, W) in [-1, 1]."""
-        return self.autoencoder.decode(z / self.scale_factor).clamp(-1, 1)
+        """z (B, c, h, w) -> x (B, 3, H, W) in [-1, 1], like z; about 512 x 512 pixels at a time, so that a batch needs no more memory."""
+        few = max(1, 512 * 512 // (z.shape[-1] * z.shape[-2] * self.autoencoder.f ** 2))
+        return torch.cat([self.autoencoder.decode(part / self.scale_factor).to(z.dtype) for part in z.split(few)]).clamp(-1, 1)
 
     def embed(self, prompts: list[str]) -> Tensor:
         """Prompts -> context (B, 77, d)."""
@@ -918,36 +914,40 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def denoise(self, prompts: list[str], *, steps: int = 50, guidance: float = 7.5, negative: str = "", eta: float = 0.0,
                 generator: torch.Generator | None = None, z: Tensor | None = None, start: int | None = None,
-                spacing: str = "trailing") -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The way from noise to the prompts' latents: yields (t, z, z0_hat) after every DDIM step.
+                spacing: str | None = None, size: tuple[int, int] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The way from noise to the prompts' latents: yields (t, z, z0_hat) after every DDIM step, in float32.
 
-        z: start here, not from fresh noise; with `start`, at that timestep (picture to picture). Else as `generate`.
-        """
+        z: start here, not from fresh noise; with `start`, at that timestep (picture to picture). spacing: of the timesteps, by
+        default the config's. Else as `generate`."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts is {prompts!r}; a list of at least one string is needed")
         if not (math.isfinite(guidance) and math.isfinite(eta) and 0 <= eta <= 1):
             raise ValueError(f"guidance is {guidance}, eta {eta}; both must be finite, eta in [0, 1]")
+        f, times = self.autoencoder.f, self.autoencoder.f * 2 ** (len(self.config.unet.mult) - 1)
+        size = size or (self.config.image_size, self.config.image_size)
+        if min(size) < times or size[0] % times or size[1] % times:
+            raise ValueError(f"size is {size[0]} x {size[1]}; height and width must be multiples of {times}")
         if z is None:
-            side = self.config.image_size // self.autoencoder.f
-            z = _noise_like(torch.empty(len(prompts), self.autoencoder.channels, side, side, device=self.device), generator)
+            z = _noise_like(torch.empty(len(prompts), self.autoencoder.channels, size[0] // f, size[1] // f, device=self.device), generator)
         context, _ = self.embed(prompts), self.scale_factor  # which raises here, not after all the steps
         if guidance != 1:
             context = torch.cat([self.embed([negative]).expand_as(context), context])
         prepared = self.unet.prepare(context)
         predict = functools.partial(self.unet, context=prepared) if guidance == 1 else functools.partial(
             guided_eps, self.unet, context=prepared, guidance=guidance)
-        yield from ddim_sample(predict, self.schedule, z.to(context.dtype), steps=steps, eta=eta, spacing=spacing, start=start,
+        dtype = torch.promote_types(context.dtype, torch.float32)  # the walk keeps its digits, whatever the U-Net's precision
+        yield from ddim_sample(predict, self.schedule, z.to(dtype), steps=steps, eta=eta, spacing=spacing or self.config.spacing, start=start,
                                generator=generator)
 
     @torch.no_grad()
     def generate(self, prompts: list[str], *, steps: int = 50, guidance: float = 7.5, negative: str = "", eta: float = 0.0,
-                 generator: torch.Generator | None = None) -> Tensor:
+                 generator: torch.Generator | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """Draw the prompts: fifty denoising steps in latent space, one decode. Returns x (B, 3, H, W) in [-1, 1].
 
         steps: 1 ... T. guidance: w; 1 = plain conditional. negative: what to steer away from. eta: 0 = deterministic
-        given the first noise, 1 = as random as DDPM. generator: of all noise. Raises ValueError for what is not allowed.
-        """
-        for _, z, _ in self.denoise(prompts, steps=steps, guidance=guidance, negative=negative, eta=eta, generator=generator):
+        given the first noise, 1 = as random as DDPM. generator: of all noise. size: height and width, multiples of f times
+        what the U-Net halves (64 for Stable Diffusion), by default the config's. Raises ValueError for what is not allowed."""
+        for _, z, _ in self.denoise(prompts, steps=steps, guidance=guidance, negative=negative, eta=eta, generator=generator, size=size):
             pass
         return self.decode(z)
 
@@ -1113,8 +1113,7 @@ def train_autoencoder(model: LatentDiffusion, data: CaptionedImages, stage: Stag
 
     perceptual: by default the features of the model's own picture tower. The discriminator (two layers, 32 wide; seed torch for
     its first weights) joins at step `config.adversarial_start`; weights of all terms are the config's. Over several processes each
-    takes the adaptive weight of its own share, as CompVis does. Call `measure_scale_factor` afterwards.
-    """
+    takes the adaptive weight of its own share, as CompVis does. Call `measure_scale_factor` afterwards."""
     accelerator, config = accelerator or Accelerator(), model.config
     model.to(accelerator.device)
     perceptual = perceptual or PerceptualLoss(model.image_encoder.eval().requires_grad_(False).features)
@@ -1172,8 +1171,7 @@ def train_denoiser(model: LatentDiffusion, data: CaptionedImages, stage: Stage, 
 
     At the end `model.unet` holds the averaged weights. Dropping captions (for the empty one) teaches the unconditional
     prediction that guidance needs. Where `config.snr_clip` is a number, an error weighs min(SNR, snr_clip) / SNR (Hang et
-    al. 2023, arXiv 2303.09556): faint noise, easily removed, takes less of a short training.
-    """
+    al. 2023, arXiv 2303.09556): faint noise, easily removed, takes less of a short training."""
     accelerator, snr = accelerator or Accelerator(), model.schedule.snr()
     device, mine = accelerator.device, _my_share(accelerator, stage.batch, len(data))
     moments = encode_all(model.to(device).eval(), data)
@@ -1203,7 +1201,7 @@ def train_denoiser(model: LatentDiffusion, data: CaptionedImages, stage: Stage, 
 class Config:
     """One size of the whole model, and the recipe that trains it: plain data for asdict, JSON and back by `from_dict`.
 
-    image: None for no picture tower. scale_factor: None until measured. adversarial_start: the discriminator's first step.
+    image: None for no picture tower. spacing: of `ddim_timesteps`. scale_factor: None until measured. adversarial_start: the discriminator's first step.
     snr_clip: of `train_denoiser`, None for the plain loss."""
     name: str
     image_size: int
@@ -1216,6 +1214,7 @@ class Config:
     denoiser_stage: Stage | None = None
     schedule: str = "scaled-linear"
     T: int = 1000
+    spacing: str = "trailing"
     scale_factor: float | None = None
     kl_weight: float = 1e-6
     perceptual_weight: float = 1.0
@@ -1243,7 +1242,7 @@ SHAPES = Config(
 )
 
 SD1 = Config(
-    name="sd1", image_size=512, scale_factor=0.18215,
+    name="sd1", image_size=512, spacing="leading", scale_factor=0.18215,
     text=TextConfig(), image=None, autoencoder=AutoencoderConfig(), unet=UNetConfig(),
 )
 

@@ -79,7 +79,7 @@ WRONG = {  # name: (arguments, how to spoil the world, a word that the message m
     "guidance that is no number": ([*SAMPLE, "--guidance", "nan"], None, "--guidance"),
     "negative guidance": ([*SAMPLE, "--guidance", "-3"], None, "--guidance"),
     "a model that is not there": ([*SAMPLE, "--model", "nowhere"], None, "does not exist"),
-    "a model that is a file": ([*SAMPLE, "--model", "run/model/config.json"], None, "not a folder"),
+    "a model that is some file": ([*SAMPLE, "--model", "run/model/config.json"], None, "must be a folder, or end in"),
     "an empty model folder": ([*SAMPLE, "--model", "empty"], lambda h: (h / "empty").mkdir(), "no config.json"),
     "a truncated config": (SAMPLE, lambda h: spoil(h / "run/model/config.json", cut=60), "not a whole model"),
     "a foreign config": (SAMPLE, lambda h: spoil(h / "run/model/config.json", '{"model_type": "bert"}'), "not a whole model"),

@@ -147,6 +147,7 @@ def test_nothing_but_the_schedules_table_is_float64(tiny, dtype):
     for module in model.modules():
         module.register_forward_hook(lambda module, args, out: seen.update({out.dtype} if isinstance(out, torch.Tensor) else ()))
     x = model.generate(PROMPTS, steps=2, generator=torch.Generator().manual_seed(0))
-    assert seen == {dtype} and x.dtype == dtype
+    assert seen == {dtype, torch.float32} and x.dtype == torch.float32  # the walk between the U-Net's passes keeps its digits
+    x = x.to(dtype)
     noised = NoiseSchedule().add_noise(x, torch.tensor([3, 5]), x)
     assert noised.dtype == dtype
