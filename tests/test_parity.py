@@ -100,6 +100,16 @@ def test_unet_gradients_are_diffusers_gradients(name):
         torch.testing.assert_close(gradient, expected[parameter], rtol=1e-7, atol=1e-9, msg=lambda m: f"{parameter}: {m}")  # noqa: B023
 
 
+@torch.no_grad()
+def test_unet_compiles_to_one_graph():
+    """One that breaks in pieces cannot be a CUDA graph. Traced only: kernels take minutes to build."""
+    unet = reference.randomise(UNet(SHAPES.unet), seeded()).eval()
+    z, t, context = unet_inputs(SHAPES.unet, torch.float32)
+    prepared = unet.prepare(context)
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(z, t, prepared), unet(z, t, prepared))
+
+
 def test_timestep_embedding_by_hand():
     t = [0, 1, 999]
     expected = [[f(k * 10_000 ** (-i / 4)) for f in (math.cos, math.sin) for i in range(4)] for k in t]
