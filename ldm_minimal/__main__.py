@@ -270,6 +270,7 @@ def sized_config(args: argparse.Namespace) -> Config:
     for stage in ("clip", "autoencoder", "denoiser"):
         given = {"steps": getattr(args, f"steps_{stage}"), "batch": getattr(args, f"batch_{stage}"),
                  "learning_rate": getattr(args, f"rate_{stage}")}
+        given["parts"] = None if stage == "clip" else args.accumulate
         recipe = dataclasses.replace(getattr(config, f"{stage}_stage"), **{k: v for k, v in given.items() if v is not None})
         config = dataclasses.replace(config, **{f"{stage}_stage": recipe})
     share = config.autoencoder_stage.steps / NAMED_SIZES[args.size].autoencoder_stage.steps  # a longer training waits longer
@@ -287,12 +288,14 @@ def mixed_precision(choice: str) -> str:
 
 def train(args: argparse.Namespace) -> None:
     config = sized_config(args)
-    accelerator = Accelerator(cpu=best_device() == "cpu", mixed_precision=mixed_precision(args.precision))
+    accelerator = Accelerator(cpu=best_device() == "cpu", mixed_precision=mixed_precision(args.precision),
+                              dynamo_backend="inductor" if args.compile else None)
     out = pathlib.Path(args.out or f"runs/{args.size}")
     settings = {"seed": args.seed, "data": args.data, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
     with accelerator.main_process_first():
         folder = data_folder(args.data, config.image_size, args.count)
     data = read_split(folder, "train", config.image_size)
+    data.images = data.images.to(accelerator.device)  # all of them: nothing waits for a picture
     check_batches(config, len(data), accelerator.num_processes)
     with accelerator.main_process_first():
         run = Run(out, settings, accelerator)
@@ -311,9 +314,10 @@ def train(args: argparse.Namespace) -> None:
 def check_batches(config: Config, count: int, processes: int) -> None:
     """Before the first stage, not after the second."""
     for stage in ("clip", "autoencoder", "denoiser"):
-        batch = getattr(config, f"{stage}_stage").batch
-        if batch > count or batch % processes:
-            raise ValueError(f"--batch-{stage} is {batch}; allowed are multiples of the {processes} processes, up to the {count} pictures")
+        recipe = getattr(config, f"{stage}_stage")
+        if recipe.batch > count or recipe.batch % (processes * recipe.parts):
+            parts = f" times --accumulate {recipe.parts}" * (recipe.parts > 1)
+            raise ValueError(f"--batch-{stage} is {recipe.batch}; allowed are multiples of the {processes} processes{parts}, up to the {count} pictures")
 
 
 def start_or_load(run: Run, config: Config, data: CaptionedImages, seed: int) -> LatentDiffusion:
@@ -616,6 +620,8 @@ def parser() -> argparse.ArgumentParser:
         t.add_argument(f"--steps-{stage}", type=number(int, 1))
         t.add_argument(f"--batch-{stage}", type=number(int, 2))
         t.add_argument(f"--rate-{stage}", type=number(float, 0), help="peak learning rate")
+    t.add_argument("--accumulate", type=number(int, 1, 64), help="compute each batch of autoencoder and denoiser in so many parts: less memory, same step")
+    t.add_argument("--compile", action="store_true", help="torch.compile the networks: minutes at first, then faster on a GPU")
     t.add_argument("--save-every", type=number(float, 0), default=30, help="seconds between saved states (default 30)")
     t.add_argument("--captions", type=number(int, 0), default=128, help="test captions to draw for the scores at the end")
 

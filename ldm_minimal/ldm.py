@@ -56,7 +56,7 @@ from tqdm.auto import tqdm
 
 __all__ = [
     "NoiseSchedule", "timestep_embedding", "ResBlock", "Attention", "TransformerBlock", "Downsample", "Upsample",
-    "AutoencoderConfig", "Gaussian", "AttentionBlock", "Autoencoder", "PatchDiscriminator", "PerceptualLoss", "VGGFeatures",
+    "AutoencoderConfig", "Gaussian", "AttentionBlock", "Autoencoder", "PatchDiscriminator", "PerceptualLoss",
     "adaptive_weight", "autoencoder_loss", "discriminator_loss",
     "CaptionedImages", "Tokenizer", "TextConfig", "TextLayer", "TextEncoder", "ImageConfig", "ImageEncoder", "CLIP", "clip_loss",
     "UNetConfig", "UNetBlock", "UNet", "guided_eps", "ddim_timesteps", "ddpm_sample", "ddim_sample", "ddim_invert",
@@ -348,7 +348,7 @@ class PerceptualLoss(nn.Module):
         d(x, y) = sum_layers mean_positions sum_channels w (f(x) - f(y))^2,  f = features of unit length per position
 
     features: x -> list of (B, C, h, w), such as `ImageEncoder.features` (then this is the LPIPS *form*, not LPIPS) or
-    VGG16's, made by `PerceptualLoss.vgg`. weights: per layer (C,), or None for 1. x, y in [-1, 1]; returns (B,)."""
+    VGG16's, by `stable_diffusion.published_lpips`. weights: per layer (C,), or None for 1. x, y in [-1, 1]; returns (B,)."""
 
     def __init__(self, features: Callable[[Tensor], list[Tensor]], weights: list[Tensor] | None = None):
         super().__init__()
@@ -361,37 +361,6 @@ class PerceptualLoss(nn.Module):
             weight = 1 if self.layer_weights is None else self.layer_weights[i].to(x).view(1, -1, 1, 1)
             distance = distance + (weight * (a - b) ** 2).sum(dim=1).mean(dim=(1, 2))
         return distance
-
-    @classmethod
-    def vgg(cls, vgg: dict[str, Tensor], lpips: dict[str, Tensor]) -> PerceptualLoss:
-        """The published LPIPS: torchvision's VGG16 state dict and the `lpips` package's linear weights (v0.1, vgg)."""
-        missing = [k for k in ["features.0.weight", "features.28.bias"] if k not in vgg]
-        missing += [k for k in [f"lin{i}.model.1.weight" for i in range(5)] if k not in lpips]
-        if missing:
-            raise ValueError(f"vgg or lpips lacks {', '.join(missing)}; they are torchvision's VGG16 and lpips' v0.1 'vgg' weights")
-        return cls(VGGFeatures(vgg), [lpips[f"lin{i}.model.1.weight"].flatten() for i in range(5)])
-
-
-class VGGFeatures(nn.Module):
-    """VGG16's convolutions (Simonyan & Zisserman 2015), read before each pooling; x in [-1, 1], shifted as lpips does."""
-
-    POOL_BEFORE, NUMBERS = {5, 10, 17, 24}, [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]  # in torchvision's `features`
-
-    def __init__(self, state: dict[str, Tensor]):
-        super().__init__()
-        for number in self.NUMBERS:
-            self.register_buffer(f"weight{number}", state[f"features.{number}.weight"])
-            self.register_buffer(f"bias{number}", state[f"features.{number}.bias"])
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        shift, scale = x.new_tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[:, None, :, None, None]
-        h, maps = (x - shift) / scale, []
-        for number in self.NUMBERS:
-            if number in self.POOL_BEFORE:
-                maps, h = maps + [h], F.max_pool2d(h, 2)
-            weight, bias = [getattr(self, f"{name}{number}").to(x.dtype) for name in ("weight", "bias")]
-            h = F.relu(F.conv2d(h, weight, bias, padding=1))
-        return maps + [h]
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_weight: Tensor) -> Tensor:
@@ -1016,11 +985,14 @@ def _whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """steps, batch (over all processes) and learning_rate of a training; `warmup` steps of rising rate, then a cosine."""
+    """steps, batch (over all processes) and learning_rate of a training; `warmup` steps of rising rate, then a cosine.
+
+    parts: a process computes its share of the batch in so many parts, one after the other: the same step in less memory."""
     steps: int
     batch: int
     learning_rate: float
     warmup: int = 50
+    parts: int = 1
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: up in a line over `warmup` steps, then down a cosine to a fiftieth."""
@@ -1031,7 +1003,7 @@ class Stage:
 
 
 class Trainee:
-    """A module with its AdamW, prepared by accelerate; `step(loss)` is one update, gradients clipped to norm 1.
+    """A module with its AdamW, prepared by accelerate: `backward(loss)` once or more, then `step`, gradients clipped to norm 1.
 
     slow: the part of the module that learns at a tenth of the rate."""
 
@@ -1042,10 +1014,12 @@ class Trainee:
         adamw = torch.optim.AdamW(groups, stage.learning_rate, betas=(0.9, 0.99), fused=True)
         self.net, self.optimizer = accelerator.prepare(module, adamw)
 
-    def step(self, loss: Tensor, step: int) -> None:
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss / self.stage.parts)
+
+    def step(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.stage.rate(step) * group["share"]
-        self.accelerator.backward(loss)
         self.accelerator.unscale_gradients(self.optimizer)
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()
@@ -1072,12 +1046,18 @@ def _step_generator(seed: int, stage: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, stage, step]).generate_state(1)[0]))
 
 
-def _my_share(accelerator: Accelerator, batch: int, count: int) -> slice:
-    # The part of the global batch, out of `count` pictures, that this process computes.
-    share, rest = divmod(batch, accelerator.num_processes)
-    if rest or batch > count:
-        raise ValueError(f"batch is {batch}; allowed are multiples of the {accelerator.num_processes} processes, up to the {count} pictures")
-    return slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+def _my_share(accelerator: Accelerator, stage: Stage, count: int) -> list[slice]:
+    # The parts of the global batch, out of `count` pictures, that this process computes, one after the other.
+    share, rest = divmod(stage.batch, accelerator.num_processes * stage.parts)
+    if rest or stage.batch > count:
+        raise ValueError(f"batch is {stage.batch}; allowed are multiples of {accelerator.num_processes} processes times {stage.parts} parts, "
+                         f"up to the {count} pictures")
+    first = accelerator.process_index * stage.parts
+    return [slice(i * share, (i + 1) * share) for i in range(first, first + stage.parts)]
+
+
+def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([part[name].detach() for part in parts]).mean() for name in parts[0]}
 
 
 def _gather_with_gradient(features: Tensor, accelerator: Accelerator) -> Tensor:
@@ -1092,16 +1072,17 @@ def train_clip(clip: CLIP, data: CaptionedImages, stage: Stage, *, seed: int = 0
     """Stage 0: bring pictures and their captions together. Yields (step, {"clip": loss}); updates `clip` in place.
 
     The text tower learns slowly: what does not help to tell a batch apart, such as which of two things is above, is soon
-    forgotten, and the U-Net will want it."""
-    accelerator = accelerator or Accelerator()
+    forgotten, and the U-Net will want it. Every picture meets every caption of its batch, so there are no parts here."""
+    accelerator, stage = accelerator or Accelerator(), dataclasses.replace(stage, parts=1)
     trainee, tokens = Trainee(clip, stage, accelerator, slow=clip.text_encoder), clip.tokenizer(data.captions)
-    mine = _my_share(accelerator, stage.batch, len(data))
+    mine, = _my_share(accelerator, stage, len(data))
     for step in range(resume({"clip": clip, "optimizer": trainee.optimizer}), stage.steps):
         rows = torch.randperm(len(data), generator=_step_generator(seed, 0, step))[:stage.batch][mine]
         x, y = data.pictures(rows).to(accelerator.device), tokens[rows].to(accelerator.device)
         image_features, text_features, scale = trainee.net(x, y)
         loss = clip_loss(*[_gather_with_gradient(f, accelerator) for f in (image_features, text_features)], scale)
-        trainee.step(loss, step)
+        trainee.backward(loss)
+        trainee.step(step)
         yield step + 1, {"clip": loss.detach()}
     trainee.done()
 
@@ -1120,47 +1101,54 @@ def train_autoencoder(model: LatentDiffusion, data: CaptionedImages, stage: Stag
     trainee = Trainee(model.autoencoder, stage, accelerator)
     critic = Trainee(discriminator or PatchDiscriminator(32, 2), stage, accelerator)
     weights = dict(kl_weight=config.kl_weight, perceptual_weight=config.perceptual_weight, adversarial_weight=config.adversarial_weight)
-    mine, side = _my_share(accelerator, stage.batch, len(data)), config.image_size // model.autoencoder.f
+    mine, side = _my_share(accelerator, stage, len(data)), config.image_size // model.autoencoder.f
     for step in range(resume({"autoencoder": model.autoencoder, "discriminator": critic.module, "optimizer": trainee.optimizer,
                               "discriminator_optimizer": critic.optimizer}), stage.steps):
-        random = _step_generator(seed, 1, step)
-        x = data.pictures(torch.randperm(len(data), generator=random)[:stage.batch][mine]).to(accelerator.device)
-        eps = torch.randn(stage.batch, model.autoencoder.channels, side, side, generator=random)[mine].to(accelerator.device)
-        # Frozen, and outside its DDP wrapper: the autoencoder's step must leave nothing in the critic's gradients.
-        adversary = critic.module.requires_grad_(False) if step >= config.adversarial_start else None
-        x_hat, posterior = trainee.net(x, eps)
-        loss, parts = autoencoder_loss(x, x_hat, posterior, perceptual, adversary, model.autoencoder.decoder[-1].weight, **weights)
-        trainee.step(loss, step)
+        random, kept, judged = _step_generator(seed, 1, step), [], []
+        rows = torch.randperm(len(data), generator=random)[:stage.batch]
+        eps = torch.randn(stage.batch, model.autoencoder.channels, side, side, generator=random)
+        for part in mine:
+            x = data.pictures(rows[part]).to(accelerator.device)
+            # Frozen, and outside its DDP wrapper: the autoencoder's step must leave nothing in the critic's gradients.
+            adversary = critic.module.requires_grad_(False) if step >= config.adversarial_start else None
+            x_hat, posterior = trainee.net(x, eps[part].to(accelerator.device))
+            loss, parts = autoencoder_loss(x, x_hat, posterior, perceptual, adversary, model.autoencoder.decoder[-1].weight, **weights)
+            trainee.backward(loss)
+            kept.append(parts)
+            judged.append(torch.cat([x, x_hat.detach()]))
+        trainee.step(step)
         if adversary is not None:
             critic.module.requires_grad_(True)
-            parts["discriminator"] = discriminator_loss(*critic.net(torch.cat([x, x_hat.detach()])).chunk(2))
-            critic.step(parts["discriminator"], step)
-        yield step + 1, {name: part.detach() for name, part in parts.items()}
+            for parts, pictures in zip(kept, judged):
+                parts["discriminator"] = discriminator_loss(*critic.net(pictures).chunk(2))
+                critic.backward(parts["discriminator"])
+            critic.step(step)
+        yield step + 1, _mean(kept)
     trainee.done()
     critic.done()
 
 
 @torch.no_grad()
 def encode_all(model: LatentDiffusion, data: CaptionedImages, count: int | None = None, batch: int = 256) -> Tensor:
-    """The latents' Gaussians of the first `count` pictures: (N, 2c, h, w) of means and log-variances, on the CPU."""
+    """The latents' Gaussians of the first `count` pictures: (N, 2c, h, w) of means and log-variances, on the model's device."""
     parts = data.images[:count].split(batch)
     gaussians = [model.autoencoder.encode((part.float() / 127.5 - 1).to(model.device)) for part in parts]
-    return torch.cat([torch.cat([g.mean, g.logvar], dim=1).float().cpu() for g in gaussians])
+    return torch.cat([torch.cat([g.mean, g.logvar], dim=1).float() for g in gaussians])
 
 
 @torch.no_grad()
 def measure_scale_factor(model: LatentDiffusion, data: CaptionedImages, seed: int = 0) -> float:
     """1 / std of the sampled latents of 2,048 pictures (Rombach et al. app. G): kept in the model's config, and returned."""
     posterior = Gaussian(encode_all(model, data, 2048))
-    z = posterior.sample(torch.randn(posterior.mean.shape, generator=_step_generator(seed, 2, 0)))
+    z = posterior.sample(torch.randn(posterior.mean.shape, generator=_step_generator(seed, 2, 0)).to(model.device))
     model.config = dataclasses.replace(model.config, scale_factor=1 / z.std().item())
     return model.scale_factor
 
 
 @torch.no_grad()
 def embed_all(model: LatentDiffusion, captions: list[str], batch: int = 256) -> tuple[Tensor, Tensor]:
-    """The frozen text encoder's context of every caption, once: (N, 77, d) half on the CPU; and (1, 77, d) of the empty one."""
-    contexts = [model.embed(captions[i:i + batch]).half().cpu() for i in range(0, len(captions), batch)]
+    """The frozen text encoder's context of every caption, once: (N, 77, d) half; and (1, 77, d) of the empty one. On the model's device."""
+    contexts = [model.embed(captions[i:i + batch]).half() for i in range(0, len(captions), batch)]
     return torch.cat(contexts), model.embed([""])
 
 
@@ -1173,24 +1161,29 @@ def train_denoiser(model: LatentDiffusion, data: CaptionedImages, stage: Stage, 
     prediction that guidance needs. Where `config.snr_clip` is a number, an error weighs min(SNR, snr_clip) / SNR (Hang et
     al. 2023, arXiv 2303.09556): faint noise, easily removed, takes less of a short training."""
     accelerator, snr = accelerator or Accelerator(), model.schedule.snr()
-    device, mine = accelerator.device, _my_share(accelerator, stage.batch, len(data))
+    device, mine = accelerator.device, _my_share(accelerator, stage, len(data))
     moments = encode_all(model.to(device).eval(), data)
     contexts, empty = embed_all(model, data.captions)
     weights = (snr.clamp(max=model.config.snr_clip or math.inf) / snr).float().to(device)   # (T,), all 1 without snr_clip
     shape = (model.autoencoder.channels, *moments.shape[2:])
     ema, trainee = EMA(model.unet, ema_decay), Trainee(model.unet, stage, accelerator)
     for step in range(resume({"unet": model.unet, "optimizer": trainee.optimizer, "ema": ema.module}), stage.steps):
-        random = _step_generator(seed, 3, step)
-        rows = torch.randperm(len(data), generator=random)[:stage.batch][mine]
-        t = torch.randint(model.schedule.T, (stage.batch,), generator=random)[mine].to(device)
-        drop = (torch.rand(stage.batch, generator=random) < caption_dropout)[mine].to(device)
-        eps_posterior, eps = torch.randn(2, stage.batch, *shape, generator=random)[:, mine].to(device)
-        z = model.scale_factor * Gaussian(moments[rows].to(device)).sample(eps_posterior)   # (B, c, h, w)
-        context = torch.where(drop[:, None, None], empty, contexts[rows].to(device).float())  # (B, 77, d)
-        error = (trainee.net(model.schedule.add_noise(z, t, eps), t, context).float() - eps).square().mean(dim=(1, 2, 3))
-        trainee.step((weights[t] * error).mean(), step)
+        random, kept = _step_generator(seed, 3, step), []
+        all_rows = torch.randperm(len(data), generator=random)[:stage.batch]
+        all_t = torch.randint(model.schedule.T, (stage.batch,), generator=random)
+        all_drop = torch.rand(stage.batch, generator=random) < caption_dropout
+        noise = torch.randn(2, stage.batch, *shape, generator=random)
+        for part in mine:
+            rows, t, drop = [drawn[part].to(device) for drawn in (all_rows, all_t, all_drop)]
+            eps_posterior, eps = noise[:, part].to(device)
+            z = model.scale_factor * Gaussian(moments[rows]).sample(eps_posterior)          # (B, c, h, w)
+            context = torch.where(drop[:, None, None], empty, contexts[rows].float())       # (B, 77, d)
+            error = (trainee.net(model.schedule.add_noise(z, t, eps), t, context).float() - eps).square().mean(dim=(1, 2, 3))
+            trainee.backward((weights[t] * error).mean())
+            kept.append({"mse": error.mean()})
+        trainee.step(step)
         ema.update(model.unet, step)
-        yield step + 1, {"mse": error.detach().mean()}
+        yield step + 1, _mean(kept)
     trainee.done()
     model.unet.load_state_dict(ema.module.state_dict())
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x's files, read into the classes of `ldm.py`, and written back.
+"""Stable Diffusion 1.x's files, read into the classes of `ldm.py`, and written back; and the published LPIPS.
 
     model = stable_diffusion.load("v1-5-pruned-emaonly.safetensors", dtype=torch.float16, device="cuda")
     model.generate(["a photograph of an astronaut riding a horse"])
@@ -28,13 +28,13 @@ import zipfile
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.serialization import safe_globals
 
-from .ldm import (SD1, Autoencoder, AutoencoderConfig, Config, Downsample, LatentDiffusion, ResBlock, TextConfig, Tokenizer, UNet,
-                  UNetConfig, Upsample, _whole_folder)
+from .ldm import (SD1, Autoencoder, AutoencoderConfig, Config, Downsample, LatentDiffusion, PerceptualLoss, ResBlock, TextConfig,
+                  Tokenizer, UNet, UNetConfig, Upsample, _whole_folder)
 
-__all__ = ["load", "save", "key_map", "load_tokenizer"]
+__all__ = ["load", "save", "key_map", "load_tokenizer", "published_lpips"]
 
 
 # ------------------------------------------------------------------------------------------------------ the key map ----
@@ -500,3 +500,39 @@ def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
     (folder / "merges.txt").write_text("\n".join(pairs) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(marks, indent=2) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------ the published LPIPS ----
+
+def published_lpips(vgg: dict[str, Tensor], lpips: dict[str, Tensor]) -> PerceptualLoss:
+    """The perceptual loss that Stable Diffusion's autoencoder was trained with, in place of our own features'.
+
+    vgg: torchvision's VGG16 state dict; lpips: the linear weights of the `lpips` package (v0.1, vgg). Raises ValueError naming
+    what is missing."""
+    missing = [k for k in ["features.0.weight", "features.28.bias"] if k not in vgg]
+    missing += [k for k in [f"lin{i}.model.1.weight" for i in range(5)] if k not in lpips]
+    if missing:
+        raise ValueError(f"vgg or lpips lacks {', '.join(missing)}; they are torchvision's VGG16 and lpips' v0.1 'vgg' weights")
+    return PerceptualLoss(VGGFeatures(vgg), [lpips[f"lin{i}.model.1.weight"].flatten() for i in range(5)])
+
+
+class VGGFeatures(nn.Module):
+    """VGG16's convolutions (Simonyan & Zisserman 2015), read before each pooling; x in [-1, 1], shifted as lpips does."""
+
+    POOL_BEFORE, NUMBERS = {5, 10, 17, 24}, [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]  # in torchvision's `features`
+
+    def __init__(self, state: dict[str, Tensor]):
+        super().__init__()
+        for number in self.NUMBERS:
+            self.register_buffer(f"weight{number}", state[f"features.{number}.weight"])
+            self.register_buffer(f"bias{number}", state[f"features.{number}.bias"])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        shift, scale = x.new_tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[:, None, :, None, None]
+        h, maps = (x - shift) / scale, []
+        for number in self.NUMBERS:
+            if number in self.POOL_BEFORE:
+                maps, h = maps + [h], nn.functional.max_pool2d(h, 2)
+            weight, bias = [getattr(self, f"{name}{number}").to(x.dtype) for name in ("weight", "bias")]
+            h = nn.functional.relu(nn.functional.conv2d(h, weight, bias, padding=1))
+        return maps + [h]

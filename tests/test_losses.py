@@ -13,6 +13,7 @@ from torch import nn
 import reference
 from ldm_minimal import (Gaussian, ImageConfig, ImageEncoder, PatchDiscriminator, PerceptualLoss, adaptive_weight, autoencoder_loss,
                          clip_loss, discriminator_loss)
+from ldm_minimal.stable_diffusion import published_lpips
 
 close = torch.testing.assert_close
 
@@ -247,7 +248,7 @@ def published():
 
 @pytest.fixture(scope="module")
 def ours(published):
-    return PerceptualLoss.vgg(published[1], published[0].state_dict())
+    return published_lpips(published[1], published[0].state_dict())
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 35)])
@@ -271,9 +272,9 @@ def test_vgg_features_are_read_before_each_pooling(published, ours):
 
 def test_vgg_says_what_is_missing(published):
     with pytest.raises(ValueError, match="lacks lin3.model.1.weight;"):
-        PerceptualLoss.vgg(published[1], {k: v for k, v in published[0].state_dict().items() if not k.startswith("lin3")})
+        published_lpips(published[1], {k: v for k, v in published[0].state_dict().items() if not k.startswith("lin3")})
     with pytest.raises(ValueError, match="lacks features.0.weight"):
-        PerceptualLoss.vgg({}, published[0].state_dict())
+        published_lpips({}, published[0].state_dict())
 
 
 @pytest.fixture(scope="module")

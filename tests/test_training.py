@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, tiny_model
 
 from ldm_minimal import (CLIP, EMA, Gaussian, Stage, Trainee, encode_all, measure_scale_factor, train_autoencoder, train_clip,
                          ldm, train_denoiser)
@@ -53,6 +53,23 @@ def test_the_text_tower_learns_at_a_tenth_of_the_rate(tiny, data):
     assert moved("text_encoder") == pytest.approx(1e-4, rel=0.05)
 
 
+@pytest.mark.parametrize("train", [train_autoencoder, train_denoiser])
+def test_a_batch_in_parts_is_the_same_step(train, data):
+    """Gradients of four parts add up to those of the whole: but for the last digits, the weights are the same after three steps."""
+    models, logs = [], []
+    for parts in (1, 4):
+        model = tiny_model(data)
+        model.config = dataclasses.replace(model.config, adversarial_start=1, adversarial_weight=0.0)  # its weight is each part's own
+        torch.manual_seed(0)
+        logs.append([{k: v.item() for k, v in step.items()} for _, step in train(model, data, Stage(3, 8, 1e-3, 1, parts))])
+        models.append(model)
+    trained = "autoencoder" if train is train_autoencoder else "unet"
+    for (name, one), four in zip(getattr(models[0], trained).named_parameters(), getattr(models[1], trained).parameters()):
+        torch.testing.assert_close(one, four, rtol=0, atol=2e-4, msg=lambda m: f"{name}: {m}")  # noqa: B023  Adam turns tiny gradients into whole steps
+    for one, four in zip(*logs):
+        assert {k: pytest.approx(v, rel=1e-3, abs=1e-4) for k, v in one.items() if k != "weight"} == {k: v for k, v in four.items() if k != "weight"}
+
+
 def test_autoencoder_restores_eight_pictures(tiny, data):
     few = first(data, 8)
     x = few.pictures(slice(0, 8))
@@ -81,8 +98,8 @@ def test_errors_weigh_the_clipped_signal_to_noise_ratio(tiny, data, clip, monkey
     tiny.config = dataclasses.replace(tiny.config, snr_clip=clip)
     torch.nn.init.zeros_(tiny.unet.conv_out.weight)
     torch.nn.init.zeros_(tiny.unet.conv_out.bias)
-    seen, step = [], Trainee.step
-    monkeypatch.setattr(Trainee, "step", lambda self, loss, n: seen.append(loss.item()) or step(self, loss, n))
+    seen, backward = [], Trainee.backward
+    monkeypatch.setattr(Trainee, "backward", lambda self, loss: seen.append(loss.item()) or backward(self, loss))
     _, losses = next(train_denoiser(tiny, data, Stage(1, 16, 1e-3), seed=3))
     random = ldm._step_generator(3, 3, 0)
     torch.randperm(len(data), generator=random)
@@ -120,7 +137,8 @@ def test_trainee_uses_the_rate_and_clips_the_gradient():
     trainee = Trainee(layer, Stage(10, 1, 0.5, warmup=5), Accelerator())
     seen = []
     trainee.optimizer.optimizer.register_step_pre_hook(lambda *_: seen.append(layer.weight.grad.norm().item()))
-    trainee.step(1000 * trainee.net(torch.ones(1, 2)).sum(), step=1)
+    trainee.backward(1000 * trainee.net(torch.ones(1, 2)).sum())
+    trainee.step(1)
     assert seen == [pytest.approx(1.0, rel=1e-4)]
     assert trainee.optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
 
