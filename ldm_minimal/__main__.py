@@ -15,6 +15,7 @@ import argparse
 import csv
 import dataclasses
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -98,31 +99,42 @@ def save_grid(path: pathlib.Path, x: Tensor, captions: list[str], columns: int =
 # ----------------------------------------------------------------------------------------------------------- data ----
 
 
-def shapes_module(name: str):
-    """data/shapes/{name}.py of this repository: it is reached by path, being no part of the package."""
-    folder = REPOSITORY / "data" / "shapes"
-    if not (folder / f"{name}.py").is_file():
-        raise ValueError(f"{folder / name}.py is not there; `train` without --data and `evaluate` need a clone of the repository")
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    return importlib.import_module(name)
+def data_module(dataset: str, name: str):
+    """data/{dataset}/{name}.py of this repository: it is reached by path, being no part of the package."""
+    path = REPOSITORY / "data" / dataset / f"{name}.py"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there; `train` without --data and `evaluate` need a clone of the repository")
+    if dataset == "shapes":  # whose oracle imports its neighbour
+        if str(path.parent) not in sys.path:
+            sys.path.insert(0, str(path.parent))
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(f"{dataset}_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SystemExit as missing:  # a package that only this data set needs
+        raise ValueError(str(missing)) from None
+    return module
 
 
-def data_folder(data: str | None, size: int, count: int | None = None) -> pathlib.Path:
-    """The folder of the data set: a given one as it is, if it exists; else `count` shapes (20,000), drawn if they are not there."""
-    folder = pathlib.Path(data) if data else REPOSITORY / "data" / "shapes" / str(size)
+def data_folder(data: str | None, size: int, count: int | None = None, dataset: str = "shapes") -> pathlib.Path:
+    """The folder of the data set: a given one as it is, if it exists; else `count` pictures of `dataset` (20,000 shapes, all
+    emoji), drawn if they are not there."""
+    folder = pathlib.Path(data) if data else REPOSITORY / "data" / dataset / str(size)
     given = data is not None and folder.exists()
     if given and count is None:
         return folder
-    prepare = shapes_module("prepare")
+    prepare = data_module(dataset, "prepare")
     found = prepare.recorded(folder) or {}
     if folder.exists() and count not in (None, found.get("count")):
-        held = f"{found['count']:,} pictures" if found else "other data"
+        held = f"{found['count']:,} pictures" if found.get("count") else "other data"
         raise ValueError(f"--count is {count}, but {folder} holds {held}; leave --count out, or name a new folder with --data")
     if not given:
         if not found:
             print(f"drawing captioned pictures into {folder}", file=sys.stderr)
-        prepare.prepare(folder, size, count or found.get("count", 20000), seed=0)  # nothing to do if they are there already
+        count = count or found.get("count", 20000 if dataset == "shapes" else None)
+        prepare.prepare(folder, size=size, count=count, seed=0)  # nothing to do if they are there already
     return folder
 
 
@@ -266,7 +278,7 @@ def sized_config(args: argparse.Namespace) -> Config:
     """The named size, with the steps, batch sizes and learning rates given on the command line."""
     config = NAMED_SIZES[args.size]
     if config.image is None:
-        raise ValueError(f"--size {args.size} is not trained here, it loads official checkpoints; trainable is 'shapes'")
+        raise ValueError(f"--size {args.size} is not trained here, it loads official checkpoints; trainable are 'shapes' and 'emoji'")
     for stage in ("clip", "autoencoder", "denoiser"):
         given = {"steps": getattr(args, f"steps_{stage}"), "batch": getattr(args, f"batch_{stage}"),
                  "learning_rate": getattr(args, f"rate_{stage}")}
@@ -293,7 +305,7 @@ def train(args: argparse.Namespace) -> None:
     out = pathlib.Path(args.out or f"runs/{args.size}")
     settings = {"seed": args.seed, "data": args.data, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
     with accelerator.main_process_first():
-        folder = data_folder(args.data, config.image_size, args.count)
+        folder = data_folder(args.data, config.image_size, args.count, config.name)
     data = read_split(folder, "train", config.image_size)
     data.images = data.images.to(accelerator.device)  # all of them: nothing waits for a picture
     check_batches(config, len(data), accelerator.num_processes)
@@ -307,7 +319,7 @@ def train(args: argparse.Namespace) -> None:
             train_stage(stage, run, model, data, shared, args.save_every)
     if accelerator.is_main_process:
         (out / "resume.pt").unlink(missing_ok=True)  # a kill may have left it
-        final_report(out, LatentDiffusion.load(out / "model").to(accelerator.device), folder, args)
+        final_report(out, LatentDiffusion.load(out / "model").to(accelerator.device), data, folder, args)
     accelerator.end_training()
 
 
@@ -373,15 +385,45 @@ def stage_picture(stage: str, out: pathlib.Path, model: LatentDiffusion, clip: C
         save_grid(out / "samples.png", model.generate(prompts, guidance=5.0, generator=torch.Generator().manual_seed(0)), prompts)
 
 
-def final_report(out: pathlib.Path, model: LatentDiffusion, folder: pathlib.Path, args: argparse.Namespace) -> None:
-    print(f"\nmodel    {out / 'model'}\npictures {out / 'clip.png'}, {out / 'autoencoder.png'}, {out / 'samples.png'}\n"
-          f"losses   {out / 'log.csv'}")
+def final_report(out: pathlib.Path, model: LatentDiffusion, data: CaptionedImages, folder: pathlib.Path, args: argparse.Namespace) -> None:
+    judge = CLIP.load(out / "judge").to(model.device)
+    neighbours(out / "neighbours.png", model, judge, data)
+    write_whole(out / "README.md", lambda partial: partial.write_text(card(model.config, folder, args), encoding="utf-8"))
+    print(f"\nmodel    {out / 'model'}, its card {out / 'README.md'}\npictures {out / 'clip.png'}, {out / 'autoencoder.png'}, {out / 'samples.png'}\n"
+          f"copying? {out / 'neighbours.png'}: samples above, the training pictures most like them below\nlosses   {out / 'log.csv'}")
     if (folder / "test").is_dir() and args.captions > 1:
         print(f"scores   {out / 'scores.json'}")
-        scores = all_scores(model, CLIP.load(out / "judge").to(model.device), folder, [5.0], args.captions, args.seed)
+        scores = all_scores(model, judge, folder, [5.0], args.captions, args.seed)
         write_whole(out / "scores.json", lambda partial: partial.write_text(json.dumps(scores, indent=2) + "\n"))
         print_scores(scores)
-    print(f'draw your own: python -m ldm_minimal sample "a red circle above a blue square" --model {out}')
+    prompt = "a red circle above a blue square" if model.config.name == "shapes" else data.captions[0]
+    print(f'draw your own: python -m ldm_minimal sample "{prompt}" --model {out}')
+
+
+@torch.no_grad()
+def neighbours(path: pathlib.Path, model: LatentDiffusion, judge: CLIP, data: CaptionedImages, count: int = 12) -> None:
+    """Samples, and under each the training picture nearest to it in the judge's eyes: is it copying?"""
+    rows = torch.linspace(0, len(data) - 1, min(count, len(data))).long()
+    prompts = [data.captions[i] for i in rows]
+    drawn = model.generate(prompts, guidance=5.0, generator=torch.Generator().manual_seed(1))
+    unit = lambda x: torch.nn.functional.normalize(features(judge, x), dim=-1)  # noqa: E731
+    known = torch.cat([unit(data.pictures(slice(i, i + 256)).to(model.device)) for i in range(0, len(data), 256)])
+    nearest = (unit(drawn) @ known.T).argmax(dim=1).cpu()
+    x = torch.cat([drawn, data.pictures(nearest).to(drawn)])
+    save_grid(path, x, prompts + [f"nearest: {data.captions[i]}" for i in nearest], columns=len(prompts))
+
+
+def card(config: Config, folder: pathlib.Path, args: argparse.Namespace) -> str:
+    """What a model is, how it was made, and whose pictures it learnt from."""
+    record = folder / "dataset.json"
+    made = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    stages = ", ".join(f"{stage} {recipe.steps:,} steps of {recipe.batch}" for stage, recipe in (
+        ("clip", config.clip_stage), ("autoencoder", config.autoencoder_stage), ("denoiser", config.denoiser_stage)))
+    lines = [f"# A latent diffusion model of size `{config.name}`", "", f"Trained by ldm_minimal on `{folder}`, seed {args.seed}: {stages}.",
+             f"Pictures of {config.image_size} x {config.image_size}, scale factor {config.scale_factor:.4f}. Losses in log.csv, scores in scores.json."]
+    if "attribution" in made:
+        lines += ["", f"{made['attribution']} What is made with this model is to be shared alike: {made['licence']}."]
+    return "\n".join(lines) + "\n"
 
 
 # --------------------------------------------------------------------------------------------------------- sample ----
@@ -468,11 +510,11 @@ def all_scores(model: LatentDiffusion, judge: CLIP, folder: pathlib.Path, guidan
     scores = {"captions": count, "steps": 50, "seed": seed, "psnr": psnr.mean().item(),
               "perceptual": torch.cat([perceptual(a, b) for a, b in zip(x.split(128), x_hat.split(128))]).mean().item(),
               "ceiling": accuracy(x_hat, rows), "clip_score_real": clip_score(judge, x, rows),
-              "frechet_floor": frechet(features(judge, x), reference), "guidance": {}}
+              "frechet_floor": frechet(features(judge, x), reference), "retrieval_real": retrieval(judge, x, rows), "guidance": {}}
     for w in guidances:
         drawn = draw_captions(model, [row["text"] for row in rows], w, seed)
         scores["guidance"][f"{w:g}"] = {"accuracy": accuracy(drawn, rows), "clip_score": clip_score(judge, drawn, rows),
-                                        "frechet": frechet(features(judge, drawn), reference)}
+                                        "frechet": frechet(features(judge, drawn), reference), "retrieval": retrieval(judge, drawn, rows)}
     return scores
 
 
@@ -490,7 +532,7 @@ def accuracy(x: Tensor, rows: list[dict]) -> dict[str, float] | None:
     """
     if "scene" not in rows[0]:
         return None
-    grade = shapes_module("oracle").grade
+    grade = data_module("shapes", "oracle").grade
     pictures = ((x.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
     grades = [grade(picture, row["text"]) for picture, row in zip(pictures, rows)]
     split = lambda name: [all(g.values()) for g, row in zip(grades, rows) if row["split"] == name]  # noqa: E731
@@ -510,6 +552,22 @@ def clip_score(judge: CLIP, x: Tensor, rows: list[dict]) -> float:
     tokens = judge.tokenizer([row["text"] for row in rows]).to(x.device)
     images = torch.nn.functional.normalize(features(judge, x), dim=-1)
     return 100 * (images * judge.text_features(tokens)).sum(dim=-1).mean().item()
+
+
+def retrieval(judge: CLIP, x: Tensor, rows: list[dict], among: int = 100) -> float | None:
+    """Of the composition split's first `among` captions, the share whose picture the judge likes best of all that many captions.
+
+    None where there are fewer than two such captions."""
+    first = {}
+    for i, row in enumerate(rows):
+        if row.get("split") == "composition":
+            first.setdefault(row["text"], i)
+    texts, places = list(first)[:among], list(first.values())[:among]
+    if len(texts) < 2:
+        return None
+    images = torch.nn.functional.normalize(features(judge, x[places]), dim=-1)
+    best = (images @ judge.text_features(judge.tokenizer(texts).to(x.device)).T).argmax(dim=1).cpu()
+    return (best == torch.arange(len(texts))).double().mean().item()
 
 
 def frechet(a: Tensor, b: Tensor | None) -> float | None:
@@ -534,16 +592,18 @@ def print_scores(scores: dict) -> None:
         values = [entry["accuracy"][name] for entry in columns.values()] + [scores["ceiling"][name]]
         label = "prompt accuracy" if name == "all" else f"  {name}"
         print(f"{label:<19}" + "".join(f"{value:>12.1%}" for value in values))
-    for label, key, real in [("CLIP score", "clip_score", "clip_score_real"), ("Frechet distance", "frechet", "frechet_floor")]:
-        values = [entry[key] for entry in columns.values()] + [scores[real]]
+    for label, key, real in [("CLIP score", "clip_score", "clip_score_real"), ("Frechet distance", "frechet", "frechet_floor"),
+                             ("caption found", "retrieval", "retrieval_real")]:
+        values = [entry.get(key) for entry in columns.values()] + [scores.get(real)]
         print(f"{label:<19}" + "".join(f"{'-':>12}" if value is None else f"{value:>12.3f}" for value in values))
-    print("ceiling: the same pictures through the autoencoder (accuracy), or real pictures (CLIP score, Frechet distance)\n")
+    print("ceiling: the same pictures through the autoencoder (accuracy), or real pictures (the rest); caption found: the right one "
+          "of up to 100 of the composition split\n")
 
 
 def evaluate(args: argparse.Namespace) -> None:
     model = load_part(args.model, "model", LatentDiffusion).to(best_device())
     judge = load_part(args.model, "judge", CLIP).to(model.device)
-    folder = data_folder(args.data, model.config.image_size)
+    folder = data_folder(args.data, model.config.image_size, dataset=model.config.name)
     scores = all_scores(model, judge, folder, args.guidance, args.captions, args.seed)
     print(json.dumps(scores, indent=2)) if args.json else print_scores(scores)
 
@@ -612,7 +672,7 @@ def parser() -> argparse.ArgumentParser:
     t = commands.add_parser("train", help="train the whole pipeline; the same command goes on with a run that was stopped")
     t.add_argument("--size", choices=sorted(NAMED_SIZES), default="shapes")
     t.add_argument("--data", help="an imagefolder with train/ and test/; the shapes are drawn there if it does not exist")
-    t.add_argument("--count", type=number(int, 20), help="pictures to draw where data are made (default 20000)")
+    t.add_argument("--count", type=number(int, 20), help="pictures to draw where data are made (default: 20000 shapes, all emoji)")
     t.add_argument("--out", help="folder of the run (default runs/SIZE); may be a mounted drive")
     t.add_argument("--seed", **seed)
     t.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")

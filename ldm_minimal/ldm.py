@@ -61,7 +61,7 @@ __all__ = [
     "CaptionedImages", "Tokenizer", "TextConfig", "TextLayer", "TextEncoder", "ImageConfig", "ImageEncoder", "CLIP", "clip_loss",
     "UNetConfig", "UNetBlock", "UNet", "guided_eps", "ddim_timesteps", "ddpm_sample", "ddim_sample", "ddim_invert",
     "LatentDiffusion", "Stage", "Trainee", "EMA", "train_clip", "train_autoencoder", "encode_all", "measure_scale_factor", "embed_all",
-    "train_denoiser", "Config", "SHAPES", "SD1", "NAMED_SIZES",
+    "train_denoiser", "Config", "SHAPES", "EMOJI", "SD1", "NAMED_SIZES",
 ]
 
 
@@ -985,9 +985,8 @@ def _whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """steps, batch (over all processes) and learning_rate of a training; `warmup` steps of rising rate, then a cosine.
-
-    parts: a process computes its share of the batch in so many parts, one after the other: the same step in less memory."""
+    """steps, batch (over all processes) and learning_rate of a training; `warmup` steps of rising rate, then a cosine. A process
+    computes its share of a batch in so many `parts`, one after the other: the same step in less memory."""
     steps: int
     batch: int
     learning_rate: float
@@ -1050,8 +1049,7 @@ def _my_share(accelerator: Accelerator, stage: Stage, count: int) -> list[slice]
     # The parts of the global batch, out of `count` pictures, that this process computes, one after the other.
     share, rest = divmod(stage.batch, accelerator.num_processes * stage.parts)
     if rest or stage.batch > count:
-        raise ValueError(f"batch is {stage.batch}; allowed are multiples of {accelerator.num_processes} processes times {stage.parts} parts, "
-                         f"up to the {count} pictures")
+        raise ValueError(f"batch is {stage.batch}; allowed are multiples of {accelerator.num_processes} x {stage.parts}, up to the {count} pictures")
     first = accelerator.process_index * stage.parts
     return [slice(i * share, (i + 1) * share) for i in range(first, first + stage.parts)]
 
@@ -1169,13 +1167,10 @@ def train_denoiser(model: LatentDiffusion, data: CaptionedImages, stage: Stage, 
     ema, trainee = EMA(model.unet, ema_decay), Trainee(model.unet, stage, accelerator)
     for step in range(resume({"unet": model.unet, "optimizer": trainee.optimizer, "ema": ema.module}), stage.steps):
         random, kept = _step_generator(seed, 3, step), []
-        all_rows = torch.randperm(len(data), generator=random)[:stage.batch]
-        all_t = torch.randint(model.schedule.T, (stage.batch,), generator=random)
-        all_drop = torch.rand(stage.batch, generator=random) < caption_dropout
-        noise = torch.randn(2, stage.batch, *shape, generator=random)
+        drawn = [torch.randperm(len(data), generator=random)[:stage.batch], torch.randint(model.schedule.T, (stage.batch,), generator=random),
+                 torch.rand(stage.batch, generator=random) < caption_dropout, *torch.randn(2, stage.batch, *shape, generator=random)]
         for part in mine:
-            rows, t, drop = [drawn[part].to(device) for drawn in (all_rows, all_t, all_drop)]
-            eps_posterior, eps = noise[:, part].to(device)
+            rows, t, drop, eps_posterior, eps = [values[part].to(device) for values in drawn]
             z = model.scale_factor * Gaussian(moments[rows]).sample(eps_posterior)          # (B, c, h, w)
             context = torch.where(drop[:, None, None], empty, contexts[rows].float())       # (B, 77, d)
             error = (trainee.net(model.schedule.add_noise(z, t, eps), t, context).float() - eps).square().mean(dim=(1, 2, 3))
@@ -1234,9 +1229,21 @@ SHAPES = Config(
     perceptual_weight=0.1, adversarial_weight=0.25, adversarial_start=2000, snr_clip=1.0,
 )
 
+EMOJI = Config(
+    name="emoji", image_size=128,
+    text=TextConfig(vocab_size=2048, width=192, layers=2, heads=6),
+    image=ImageConfig(width=24, mult=(1, 2, 4, 6), groups=8),
+    autoencoder=AutoencoderConfig(width=32, mult=(1, 2, 3, 4), blocks=1, channels=4, groups=8),
+    unet=UNetConfig(channels=4, width=64, mult=(1, 2), blocks=2, attention=(0, 1), heads=4, context_width=192, groups=8),
+    clip_stage=Stage(steps=1500, batch=512, learning_rate=1e-3),
+    autoencoder_stage=Stage(steps=4000, batch=64, learning_rate=1e-3),
+    denoiser_stage=Stage(steps=8000, batch=256, learning_rate=2e-3),
+    perceptual_weight=0.1, adversarial_weight=0.25, adversarial_start=2000,
+)
+
 SD1 = Config(
     name="sd1", image_size=512, spacing="leading", scale_factor=0.18215,
     text=TextConfig(), image=None, autoencoder=AutoencoderConfig(), unet=UNetConfig(),
 )
 
-NAMED_SIZES = {size.name: size for size in (SHAPES, SD1)}
+NAMED_SIZES = {size.name: size for size in (SHAPES, EMOJI, SD1)}

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import ROOT, prepare_module
 from PIL import Image
 
 from ldm_minimal import SHAPES, CLIP, LatentDiffusion, Tokenizer
-from ldm_minimal.__main__ import frechet, main, mixed_precision, picture_grid
+from ldm_minimal.__main__ import card, frechet, main, mixed_precision, neighbours, picture_grid, retrieval
 
 FEW = [f"--{what}-{stage}={value}" for stage in ("clip", "autoencoder", "denoiser") for what, value in (("steps", 2), ("batch", 4))]
 
@@ -152,7 +153,7 @@ def test_a_run_of_another_seed_is_not_overwritten(here, capsys):
 def test_train_from_the_first_picture_to_the_scores(here, capsys):
     assert main([*TRAIN, "--captions", "4"]) == 0
     said = capsys.readouterr().out
-    for name in ("model", "clip.png", "autoencoder.png", "samples.png", "log.csv", "scores.json"):
+    for name in ("model", "README.md", "clip.png", "autoencoder.png", "samples.png", "neighbours.png", "log.csv", "scores.json"):
         assert (here / "new" / name).exists() and name in said
     scores = json.loads((here / "new/scores.json").read_text())
     assert scores["captions"] == 4 and 0 <= scores["guidance"]["5"]["accuracy"]["all"] <= 1
@@ -217,6 +218,53 @@ def test_frechet_distance_of_gaussians_has_its_closed_form():
     a, b = noise * torch.tensor([1.0, 2.0, 3.0]), noise * torch.tensor([2.0, 2.0, 1.0]) + torch.tensor([0.0, 5.0, 0.0])
     assert frechet(a, b) == pytest.approx(25 + 1 + 0 + 4, rel=1e-6)
     assert frechet(a, a) == pytest.approx(0, abs=1e-6)
+
+
+class Lookup:
+    """A judge and a model in one that see only the colour of a picture's first pixel, and read captions that are numbers."""
+    device, tokenizer = "cpu", staticmethod(lambda captions: torch.tensor([int(caption) for caption in captions]))
+
+    def image_encoder(self, x):
+        return torch.nn.functional.one_hot((x[:, 0, 0, 0] * 100).round().long(), 100).float()
+
+    def text_features(self, tokens):
+        return torch.nn.functional.one_hot(tokens, 100).float()
+
+    def generate(self, prompts, **_):
+        return torch.stack([torch.full((3, 4, 4), int(prompt) / 100) for prompt in prompts])
+
+
+def test_retrieval_counts_the_captions_that_are_found():
+    judge, numbers = Lookup(), [3, 4, 5, 6, 50, 7]
+    rows = [{"text": str(n), "split": "composition" if n != 50 else "test"} for n in numbers]
+    right, wrong = judge.generate([3, 4, 5, 6, 50, 7]), judge.generate([3, 5, 4, 6, 4, 7])
+    assert retrieval(judge, right, rows) == 1 and retrieval(judge, wrong, rows) == 0.6
+    assert retrieval(judge, right, [row | {"split": "test"} for row in rows]) is None
+
+
+def test_neighbours_are_the_nearest_training_pictures(tmp_path, monkeypatch):
+    model, saved = Lookup(), {}
+    monkeypatch.setattr("ldm_minimal.__main__.save_grid", lambda path, x, captions, columns: saved.update(captions=captions, x=x))
+    neighbours(tmp_path / "n.png", model, model, Three())
+    assert saved["captions"] == ["5", "1", "9", "nearest: 1", "nearest: 9", "nearest: 5"]  # captions in another order than the pictures
+
+
+class Three:
+    """A data set whose captions are wrong on purpose, so that it shows which picture was taken for the nearest."""
+    captions = ["5", "1", "9"]
+
+    def pictures(self, index):
+        return Lookup().generate(torch.tensor([9, 5, 1])[index].tolist())
+
+    def __len__(self):
+        return 3
+
+
+def test_the_card_passes_the_attribution_on(tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps({"attribution": "All emojis designed by OpenMoji.", "licence": "CC BY-SA 4.0"}))
+    config, args = dataclasses.replace(SHAPES, scale_factor=0.5), types.SimpleNamespace(seed=7)
+    assert "All emojis designed by OpenMoji." in card(config, tmp_path, args) and "CC BY-SA 4.0" in card(config, tmp_path, args)
+    assert "OpenMoji" not in card(config, tmp_path / "elsewhere", args) and "seed 7" in card(config, tmp_path, args)
 
 
 def test_precision_follows_the_hardware(monkeypatch):
