@@ -10,7 +10,6 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "chapters"))
 from book import check  # noqa: E402
 from checks import CHECKS, end_of_line  # noqa: E402
-from ldm_minimal import stable_diffusion  # noqa: E402
 
 
 def kept(betas):
@@ -264,6 +263,9 @@ WRONG |= {
     "6.5": [(in_interval(0.0), "unconditional"), (in_interval(inside=lambda t, low, high: (t < low) | (t > high)), "turned over"), (in_interval(inside=lambda t, low, high: t > 0), "its own t"),
             (in_interval(inside=lambda t, low, high: (t[0] >= low) & (t[0] <= high)), "its own t"), (lambda u, z, t, c, w, low, high: u(torch.cat([z, z]), torch.cat([t, t]), c), "shape")],
 }
+
+
+from ldm_minimal import stable_diffusion  # noqa: E402
 
 
 def attention(scale=1.0, heads_count=False, queries=2, m_for_keys=lambda n, m: m):
