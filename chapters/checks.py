@@ -702,3 +702,117 @@ def nearest(answer):
         if not far(got, torch.cdist(drawn.flatten(1), training.flatten(1)).argmax(dim=1))
         else "others are nearer; sum the squared differences over all 3 x H x W numbers"
     )
+
+
+# ---- chapter 10: this is Stable Diffusion ----
+
+
+@exercise("10.1")
+def decoders_share(answer):
+    text, unet, decoder = 13.2985, 803.2734, 2514.5189  # GFLOP
+    right = decoder / (text + 4 * unet + decoder)
+    if not far(answer, right, 0.01):
+        return None
+    if not far(answer, 100 * right, 0.01):
+        return "that is in per cent; give a number between 0 and 1"
+    if not far(answer, 1 - right, 0.01) or not far(answer, 4 * unet / (text + 4 * unet + decoder), 0.01):
+        return "that is the U-Net's share"
+    if not far(answer, decoder / (2 * text + 8 * unet + decoder), 0.01):
+        return "without guidance each of the four steps asks the U-Net once"
+    return "the decoder's FLOPs over those of one text encoding, four evaluations and one decode"
+
+
+@exercise("10.2")
+def attention_flops(answer):
+    for n, m, width, context, heads in ((50, 77, 48, 20, 6), (4096, 77, 320, 768, 8), (64, 64, 96, 96, 3)):
+        out, scores = 2 * n * width * width, 4 * n * m * width
+        keys = 4 * m * context * width
+        got = float(answer(n, m, width, context, heads))
+        if not far(got, (2 * out + keys + scores) / 2):
+            return "that counts a multiplication and its addition as one; a FLOP is either"
+        if not far(got, 2 * out + keys + heads * scores):
+            return "each head works on width / heads numbers, so all of them together cost as much as one of the whole width"
+        if not far(got, 2 * out + keys + scores / 2) or not far(got, 2 * out + keys / 2 + scores):
+            return "there are two products with m: keys and values, and scores and the weighted sum"
+        if not far(got, out + keys + scores):
+            return "the queries are projected, and so is the result"
+        if not far(got, scores):
+            return "that is the attention alone; queries, keys, values and the result are projections"
+        if n != m and not far(got, 2 * out + 4 * n * context * width + scores):
+            return "keys and values are made of the m vectors of the context, not of the n positions"
+        if far(got, 2 * out + keys + scores):
+            return f"for n = {n}, m = {m}, width {width}, context {context} it is {2 * out + keys + scores:,}: two projections of n, two of m, scores, weighted sum"
+    return None
+
+
+@exercise("10.3")
+def compvis_number(answer):
+    right = lambda way, level, number, blocks: level * (blocks + 1) + number + (way == "down")  # noqa: E731
+    usual = {
+        "input_blocks.0 is the first convolution, so the numbers going down are one higher": lambda *p: right(*p) - (p[0] == "down"),
+        "going down, each halving has a number of its own": lambda *p: right(*p) - p[1] * (p[0] == "down"),
+        "going up, a level has one residual block more": lambda *p: right(*p) - p[1] * (p[0] == "up"),
+        "output_blocks begin at 0: no convolution comes before them": lambda *p: right(*p) + (p[0] == "up"),
+        "going up, both count in the order in which the blocks run": lambda way, level, *p: right(way, 3 - level if way == "up" else level, *p),
+    }
+    places = [(way, level, number, blocks) for blocks in (2, 1, 3) for way in ("down", "up") for level in range(4) for number in range(blocks + (way == "up"))]
+    got = [answer(*place) for place in places]
+    for complaint, function in usual.items():
+        if got == [function(*place) for place in places]:
+            return complaint
+    for found, (way, level, number, blocks) in zip(got, places):
+        if found != right(way, level, number, blocks):
+            side = "input" if way == "down" else "output"
+            return f"{way}_blocks.{level}.resnets.{number} with {blocks} blocks a level is {side}_blocks.{right(way, level, number, blocks)}.0, not {found}"
+    return None
+
+
+@exercise("10.4")
+def load_block(answer):
+    from ldm_minimal import TransformerBlock
+
+    torch.manual_seed(3)
+    block, fresh = TransformerBlock(16, 12, heads=2, groups=4), TransformerBlock(16, 12, heads=2, groups=4)
+    with torch.no_grad():
+        for p in [*block.parameters(), *fresh.parameters()]:
+            p.copy_(torch.randn(p.shape) / (p[0].numel() ** 0.5 if p.ndim > 1 else 1))
+        theirs, x, context = in_diffusers_names(block), torch.randn(2, 16, 3, 3), torch.randn(2, 5, 12)
+        wanted = block(x, context)
+        answer(fresh, {name: tensor.clone() for name, tensor in theirs.items()})
+        if not far(fresh(x, context), wanted, 1e-3):
+            return None
+        for what, turn in (
+            ("value and gate have changed places: the value stands above, the gate below", lambda b: turned(b.mlp_value, b.mlp_gate)),
+            ("self-attention's keys and values have changed places: keys above values", lambda b: halves(b.attend_self.key_value)),
+            ("cross-attention's keys and values have changed places: keys above values", lambda b: halves(b.attend_cross.key_value)),
+        ):
+            turn(fresh)
+            if not far(fresh(x, context), wanted, 1e-3):
+                return what
+            turn(fresh)
+        own = dict(block.named_parameters())
+        wrong = [name for name, p in fresh.named_parameters() if far(p, own[name], 1e-3)]
+    return f"{len(wrong)} of {len(own)} tensors are others: {', '.join(wrong[:3])}"
+
+
+def in_diffusers_names(block) -> dict:
+    from ldm_minimal.stable_diffusion import TRANSFORMER
+
+    own, theirs = block.state_dict(), {}
+    for ours, _, names in TRANSFORMER:
+        for kind in ("weight", "bias"):
+            parts = [own[f"{name}.{kind}"] for name in ours.split() if f"{name}.{kind}" in own]
+            if parts:
+                for name, part in zip(names.split(), torch.cat(parts).chunk(len(names.split()))):
+                    theirs[f"{name}.{kind}"] = part[:, :, None, None] if kind == "weight" and "proj_" in name else part
+    return theirs
+
+
+def turned(a, b) -> None:
+    for p, q in zip(a.parameters(), b.parameters()):
+        p.data, q.data = q.data, p.data
+
+
+def halves(layer) -> None:
+    for p in layer.parameters():
+        p.data = torch.cat(p.data.chunk(2)[::-1])

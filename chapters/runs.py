@@ -928,6 +928,94 @@ def rates(steps: int = 300, values=("4e-5", "4e-3", "4e-1")):
     return {"steps": steps, "at": list(range(5, steps, 10)), "mse": found}, torch.cat(tiles)
 
 
+# ---- chapter 10 ----
+
+
+@recipe("10/time")
+def seconds_at_full_size(rounds: int = 5):
+    """Stable Diffusion 1 with random weights on one thread: medians of the processor's seconds for each part, and for each kind of layer of the U-Net."""
+    from collections import defaultdict
+    from statistics import median
+
+    torch.set_num_threads(1)
+    code = chapter_code("10")
+    model, kinds, found = code["full_size"](), defaultdict(list), defaultdict(list)
+    started, spent = {}, defaultdict(float)
+    for name, layer in model.unet.named_modules():
+        if kind := code["kind"](name, layer):
+            layer.register_forward_pre_hook(lambda layer, args: started.update({layer: time.process_time()}))
+            layer.register_forward_hook(
+                lambda layer, args, out, kind=kind: spent.update({kind: spent[kind] + time.process_time() - started[layer]})
+            )
+    z, t, tokens = torch.randn(1, 4, 64, 64), torch.tensor([500]), torch.randint(49408, (1, 77))
+    with torch.no_grad():
+        context = model.text_encoder(tokens)
+        parts = {
+            "text tower": lambda: model.text_encoder(tokens),
+            "U-Net": lambda: model.unet(z, t, context),
+            "decoder": lambda: model.autoencoder.decode(z),
+        }
+        for _ in range(rounds):  # in turns, so that a busy minute of the machine meets all of them
+            for part, call in parts.items():
+                spent.clear()
+                before = time.process_time()
+                assert call().isfinite().all()
+                found[part].append(round(time.process_time() - before, 3))
+                if part == "U-Net":
+                    for kind in spent:
+                        kinds[kind].append(round(spent[kind], 3))
+            print({part: values[-1] for part, values in found.items()})
+    middle = {part: median(values) for part, values in found.items()}
+    middle_of_kinds = {kind: median(values) for kind, values in kinds.items()}
+    return {"side": 64, "rounds": dict(found), "seconds": middle, "kinds": middle_of_kinds}, None
+
+
+def guess_changes(code: dict, name: str, z: Tensor, captions: list[str]) -> tuple:
+    """The model with one of the chapter's traps in it, and what its U-Net guesses at t = 500."""
+    model = book.load_model().requires_grad_(False)
+    code["TRAPS"][name](model)
+    with torch.no_grad():
+        return model, model.unet(z, torch.full((len(z),), 500), model.embed(captions))
+
+
+def change(wrong: Tensor, right: Tensor) -> float:
+    """The root mean square of the difference, in standard deviations of what is right."""
+    return float(f"{(wrong - right).square().mean().sqrt() / right.std():.3g}")
+
+
+@recipe("10/traps")
+def traps(captions: int = 64, steps: int = 20, guidance: float = 5.0):
+    """The shipped weights in networks with one thing wrong: how far pictures and one guess change, how many are right; four pictures each."""
+    code, test, found, tiles, right = chapter_code("10"), book.load_data("test"), {}, [], {}
+    z, some = torch.randn(captions, 4, 8, 8, generator=torch.Generator().manual_seed(0)), slice(3, 7)
+    for name in code["TRAPS"]:
+        model, guess = guess_changes(code, name, z, test.captions[:captions])
+        *_, (_, end, _) = model.denoise(test.captions[:captions], steps=steps, guidance=guidance, z=z)
+        with torch.no_grad():
+            ways = {"drawn": model.decode(end), "redrawn": model.decode(model.encode(test.pictures(slice(0, captions))))}
+        right = right or ways | {"guess": guess}
+        way = "redrawn" if "encoder" in name else "drawn"  # what only the encoder does shows where a picture goes in
+        found[name] = {
+            "way": way,
+            "guess": change(guess, right["guess"]),
+            "error": change(ways[way], right[way]),
+            "right": round(accuracy(ways[way], test.rows[:captions])["all"], 4),
+        }
+        tiles.append(ways[way][some])
+        print(name, found[name])
+    return {"captions": captions, "drawing_steps": steps, "guidance": guidance, "prompts": test.captions[some], "traps": found}, torch.cat(tiles)
+
+
+@probe("10/traps")
+def guesses_changed(record):
+    """One guess of the U-Net in three of the wrong networks."""
+    code, test, count = chapter_code("10"), book.load_data("test"), record["captions"]
+    z = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    names = ["nothing wrong", "text: GELU for quick-GELU", "U-Net: 16 heads for 4", "U-Net: GEGLU's halves swapped"]
+    right, *wrong = (guess_changes(code, name, z, test.captions[:count])[1] for name in names)
+    return [change(guess, right) for guess in wrong], [record["traps"][name]["guess"] for name in names[1:]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("chapters", nargs="*", metavar="NN", help="chapters whose results to remake")

@@ -265,6 +265,67 @@ WRONG |= {
 }
 
 
+from ldm_minimal import stable_diffusion  # noqa: E402
+
+
+def attention(scale=1.0, heads_count=False, queries=2, m_for_keys=lambda n, m: m):
+    """Exercise 10.2, right or with one thing wrong."""
+    def flops(n, m, width, context, heads):
+        return scale * (queries * 2 * n * width**2 + 4 * m_for_keys(n, m) * context * width + 4 * n * m * width * (heads if heads_count else 1))
+    return flops
+
+
+def block_number(first=1, halving=1, more=1, up_first=0):
+    """Exercise 10.3, right or with one thing wrong."""
+    return lambda way, level, number, blocks: (first + level * (blocks + halving) + number if way == "down" else up_first + level * (blocks + more) + number)
+
+
+def by_table(turn=None, leave=()):
+    """Exercise 10.4: whole rows of the table; turn: a layer of ours whose two parts come in the wrong order."""
+    def load(block, theirs):
+        for ours, _, names in stable_diffusion.TRANSFORMER:
+            for kind in ("weight", "bias"):
+                parts = [theirs[f"{name}.{kind}"] for name in names.split() if f"{name}.{kind}" in theirs]
+                if not parts or ours in leave:
+                    continue
+                whole = torch.cat(parts[::-1] if ours == turn else parts)
+                for name, part in zip(ours.split()[::-1] if ours == turn else ours.split(), whole.chunk(len(ours.split()))):
+                    target = block.get_parameter(f"{name}.{kind}")
+                    target.data = part.reshape(target.shape).clone()
+    return load
+
+
+def by_state_dict(block, theirs):
+    """Exercise 10.4 another way: all at once, new tensors for old ones."""
+    get = lambda name: theirs[f"transformer_blocks.0.{name}"]  # noqa: E731
+    state = {f"{ours}.{kind}": theirs[f"{name}.{kind}"] for ours, _, name in stable_diffusion.TRANSFORMER
+             for kind in ("weight", "bias") if " " not in ours + name and f"{name}.{kind}" in theirs}
+    state |= {f"attend_{way}.key_value.weight": torch.cat([get(f"attn{i}.to_k.weight"), get(f"attn{i}.to_v.weight")]) for i, way in ((1, "self"), (2, "cross"))}
+    for kind in ("weight", "bias"):
+        state[f"mlp_value.{kind}"], state[f"mlp_gate.{kind}"] = get(f"ff.net.0.proj.{kind}").chunk(2)
+    for end in ("project_in", "project_out"):
+        state[f"{end}.weight"] = state[f"{end}.weight"].flatten(1)
+    block.load_state_dict(state, assign=True)
+
+
+RIGHT |= {
+    "10.1": [0.4375, 0.44, 2514.5 / (13.3 + 4 * 803.3 + 2514.5)],
+    "10.2": [attention(), lambda n, m, c, d, h: torch.tensor(2.0 * (2 * n * c * c + 2 * m * d * c + h * 2 * n * m * (c // h)))],
+    "10.3": [block_number()],
+    "10.4": [by_table(), by_state_dict],
+}
+WRONG |= {
+    "10.1": [(43.75, "per cent"), (0.559, "U-Net's share"), (0.28, "asks the U-Net once"), (0.75, "over those"), (0.03, "over those")],
+    "10.2": [(attention(scale=0.5), "as one"), (attention(heads_count=True), "each head"), (attention(queries=1), "so is the result"), (lambda n, m, c, d, h: 4 * n * m * c, "alone"),
+             (attention(m_for_keys=lambda n, m: n), "not of the n"), (attention(m_for_keys=lambda n, m: m / 2), "two products"),
+             (lambda n, m, c, d, h: 4 * n * c * c + 4 * m * d * c + 2 * n * m * c, "two products"), (lambda n, m, c, d, h: n * m, "two projections of n")],
+    "10.3": [(block_number(first=0), "one higher"), (block_number(halving=0), "of its own"), (block_number(more=0), "one residual block more"), (block_number(up_first=1), "begin at 0"),
+             (lambda way, level, number, blocks: block_number()(way, 3 - level if way == "up" else level, number, blocks), "order in which"), (lambda *_: 7, "not 7")],
+    "10.4": [(by_table(turn="mlp_value mlp_gate"), "value and gate"), (by_table(turn="attend_self.key_value"), "self-attention's keys"), (by_table(turn="attend_cross.key_value"), "cross-attention's keys"),
+             (by_table(leave=("norm_cross",)), "norm_cross"), (lambda b, t: None, "of 2"), (lambda b, t: b.load_state_dict(t), "raised")],
+}
+
+
 def said(number, answer, capsys):
     check(number, answer)
     return capsys.readouterr().out.strip()
