@@ -451,7 +451,7 @@ def load_model(model: str | os.PathLike, *, precision: str = "fp32", tokenizer: 
     """A run's folder, a saved model, or Stable Diffusion 1: a .safetensors or .ckpt file, or a `diffusers` folder."""
     path, device, dtype = pathlib.Path(model), device or best_device(), PRECISIONS[precision]
     if path.is_file() or (path / "model_index.json").is_file():
-        return stable_diffusion.load(path, dtype=dtype, device=device, tokenizer=tokenizer)
+        return stable_diffusion.load(path, dtype=dtype, device=device, tokenizer=tokenizer, progress=device != "meta")
     if tokenizer:
         raise ValueError(f"--tokenizer is for files of Stable Diffusion; --model {path} has its own")
     return load_part(path, "model", LatentDiffusion).to(device, dtype)

@@ -30,6 +30,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.serialization import safe_globals
+from tqdm.auto import tqdm
 
 from .ldm import (SD1, Autoencoder, AutoencoderConfig, Config, Downsample, LatentDiffusion, PerceptualLoss, ResBlock, TextConfig,
                   Tokenizer, UNet, UNetConfig, Upsample, _whole_folder)
@@ -171,13 +172,13 @@ class Inert:
 
 
 def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-         tokenizer: str | os.PathLike | Tokenizer | None = None) -> LatentDiffusion:
+         tokenizer: str | os.PathLike | Tokenizer | None = None, progress: bool = False) -> LatentDiffusion:
     """Stable Diffusion 1.x, from one file (.safetensors, .ckpt) or a `diffusers` folder, ready to draw, in eval mode.
 
     dtype: None for float32. device: None for the CPU; "meta" checks the file and reads neither weights nor tokenizer.
     tokenizer: what `load_tokenizer` takes, or one that is loaded; None for the folder's own, and for a single file for the one
     that it may hold (those of `save` do), else the hub's. The file is mapped and read a few tensors at a time, each straight
-    into its dtype and device. Raises ValueError, in one line, for a file that is broken, holds code or is another model, with
+    into its dtype and device, behind a bar if `progress`. Raises ValueError, in one line, for a file that is broken, holds code or is another model, with
     the tensors that are missing, left over or of another shape."""
     path = pathlib.Path(path)
     if not path.exists():
@@ -198,17 +199,18 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: s
             raise ValueError(f"the tokenizer has {size:,} entries, the text encoder of {path} {rows_of_text:,}")
     for folder, file in files.items():
         mine = [(row[0], row[column]) for row in rows if row[column].startswith(folder)]
-        state |= read(file, folder, mine, like, dtype or torch.float32, device or "cpu")
+        state |= read(file, folder, mine, like, dtype or torch.float32, device or "cpu", progress)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def read(path: pathlib.Path, prefix: str, rows: list[tuple[str, str]], like: dict[str, Tensor], dtype: torch.dtype, device) -> dict[str, Tensor]:
+def read(path: pathlib.Path, prefix: str, rows: list[tuple[str, str]], like: dict[str, Tensor], dtype: torch.dtype, device: str | torch.device,
+         progress: bool) -> dict[str, Tensor]:
     """The file's tensors under our names. A mapping's pages stay in memory until it is closed: it is opened anew every 128 MB."""
     tensors, state, seen = open_tensors(path), {}, 0
     names = {current_name(prefix + name): name for name in tensors}
     check_tensors(path, {name: tensors[theirs].shape for name, theirs in names.items()}, rows, like)
-    for ours, theirs in rows:
+    for ours, theirs in tqdm(rows, desc=f"reading {prefix}{path.name}", unit="tensor", disable=not progress, leave=False):
         if seen > 2**27:
             tensors, seen = open_tensors(path), 0
         parts = [tensors[names[name]] for name in theirs.split()]
