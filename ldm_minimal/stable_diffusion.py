@@ -178,9 +178,9 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: s
     dtype: None for float32. device: None for the CPU; "meta" checks the file and reads neither weights nor tokenizer.
     tokenizer: what `load_tokenizer` takes, or one that is loaded; None for the folder's own, and for a single file for the one
     that it may hold (those of `save` do), else the hub's. The file is mapped and read a few tensors at a time, each straight
-    into its dtype and device, behind a bar if `progress`. Raises ValueError, in one line, for a file that is broken, holds code or is another model, with
-    the tensors that are missing, left over or of another shape."""
-    path = pathlib.Path(path)
+    into its dtype and device, behind a bar if `progress`. Raises ValueError, in one line, for a file that is broken, holds code
+    or is another model, with the tensors that are missing, left over or of another shape."""
+    path, device = pathlib.Path(path), torch.device(device or "cpu")
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_dir():
@@ -191,29 +191,29 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: s
         tokenizer = tokenizer or own
     with torch.device("meta"):
         model = LatentDiffusion(config)
-    rows, like, state = key_map(model), dict(model.named_parameters()), {}
-    if device != "meta":
+    like, state = dict(model.named_parameters()), {}
+    rows = {folder: [(row[0], row[column]) for row in key_map(model) if row[column].startswith(folder)] for folder in files}
+    for folder, file in files.items():
+        check_tensors(file, {name: tensor.shape for name, tensor in current_names(folder, open_tensors(file)).items()}, rows[folder], like)
+    if device.type != "meta":
         model.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer, config.text.length)
         size, rows_of_text = len(model.tokenizer.vocab), config.text.vocab_size  # ours may have more rows than words, CLIP's has not
         if size > rows_of_text or (config.text == SD1.text and size < rows_of_text):
             raise ValueError(f"the tokenizer has {size:,} entries, the text encoder of {path} {rows_of_text:,}")
     for folder, file in files.items():
-        mine = [(row[0], row[column]) for row in rows if row[column].startswith(folder)]
-        state |= read(file, folder, mine, like, dtype or torch.float32, device or "cpu", progress)
+        state |= read(file, folder, rows[folder], like, dtype or torch.float32, device, progress)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def read(path: pathlib.Path, prefix: str, rows: list[tuple[str, str]], like: dict[str, Tensor], dtype: torch.dtype, device: str | torch.device,
+def read(path: pathlib.Path, prefix: str, rows: list[tuple[str, str]], like: dict[str, Tensor], dtype: torch.dtype, device: torch.device,
          progress: bool) -> dict[str, Tensor]:
     """The file's tensors under our names. A mapping's pages stay in memory until it is closed: it is opened anew every 128 MB."""
-    tensors, state, seen = open_tensors(path), {}, 0
-    names = {current_name(prefix + name): name for name in tensors}
-    check_tensors(path, {name: tensors[theirs].shape for name, theirs in names.items()}, rows, like)
+    tensors, state, seen = current_names(prefix, open_tensors(path)), {}, 0
     for ours, theirs in tqdm(rows, desc=f"reading {prefix}{path.name}", unit="tensor", disable=not progress, leave=False):
         if seen > 2**27:
-            tensors, seen = open_tensors(path), 0
-        parts = [tensors[names[name]] for name in theirs.split()]
+            tensors, seen = current_names(prefix, open_tensors(path)), 0
+        parts = [tensors[name] for name in theirs.split()]
         seen += sum(part.nbytes for part in parts)
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         for name, part in zip(ours.split(), whole.chunk(len(ours.split()))):
@@ -223,10 +223,12 @@ def read(path: pathlib.Path, prefix: str, rows: list[tuple[str, str]], like: dic
     return state
 
 
-def current_name(name: str) -> str:
+def current_names(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors, the folder before their names, and these as files of today have them."""
+    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     for old, new in OLD_NAMES:
-        name = re.sub(old, new, name)
-    return name
+        tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def check_tensors(path: pathlib.Path, found: dict[str, torch.Size], rows: list[tuple[str, str]], like: dict[str, Tensor]) -> None:
@@ -428,6 +430,8 @@ def from_hub() -> pathlib.Path:
     instead = "give a tokenizer (--tokenizer PATH): a folder with vocab.json and merges.txt, a tokenizer.json, or bpe_simple_vocab_16e6.txt.gz"
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
+        logging.set_verbosity_error()  # its warnings say at length what the line below says
     except ImportError:
         raise ValueError(f"a single file holds no tokenizer, and huggingface_hub is not installed; pip install it, or {instead}") from None
     try:
