@@ -422,7 +422,7 @@ def card(config: Config, folder: pathlib.Path, args: argparse.Namespace) -> str:
     lines = [f"# A latent diffusion model of size `{config.name}`", "", f"Trained by ldm_minimal on `{folder}`, seed {args.seed}: {stages}.",
              f"Pictures of {config.image_size} x {config.image_size}, scale factor {config.scale_factor:.4f}. Losses in log.csv, scores in scores.json."]
     if "attribution" in made:
-        lines += ["", f"{made['attribution']} What is made with this model is to be shared alike: {made['licence']}."]
+        lines += ["", f"The pictures: {made['attribution']}. What is made of them is to be shared alike: {made['licence']}."]
     return "\n".join(lines) + "\n"
 
 

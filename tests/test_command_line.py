@@ -261,7 +261,7 @@ class Three:
 
 
 def test_the_card_passes_the_attribution_on(tmp_path):
-    (tmp_path / "dataset.json").write_text(json.dumps({"attribution": "All emojis designed by OpenMoji.", "licence": "CC BY-SA 4.0"}))
+    (tmp_path / "dataset.json").write_text(json.dumps({"attribution": "All emojis designed by OpenMoji", "licence": "CC BY-SA 4.0"}))
     config, args = dataclasses.replace(SHAPES, scale_factor=0.5), types.SimpleNamespace(seed=7)
     assert "All emojis designed by OpenMoji." in card(config, tmp_path, args) and "CC BY-SA 4.0" in card(config, tmp_path, args)
     assert "OpenMoji" not in card(config, tmp_path / "elsewhere", args) and "seed 7" in card(config, tmp_path, args)

