@@ -284,8 +284,6 @@ FIXED = {
     "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "scheduler": {"prediction_type": "epsilon", "thresholding": False, "trained_betas": None, "rescale_betas_zero_snr": False},
 }
-
-
 UNIMPORTANT = {"_class_name", "sample_size", "architectures", "model_type", "scaling_factor"}
 
 
