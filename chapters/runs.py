@@ -995,15 +995,20 @@ def traps(captions: int = 64, steps: int = 20, guidance: float = 5.0):
             ways = {"drawn": model.decode(end), "redrawn": model.decode(model.encode(test.pictures(slice(0, captions))))}
         right = right or ways | {"guess": guess}
         way = "redrawn" if "encoder" in name else "drawn"  # what only the encoder does shows where a picture goes in
+        each = (ways[way] - right[way]).square().mean(dim=(1, 2, 3)).sqrt() / right[way].std()
         found[name] = {
             "way": way,
             "guess": change(guess, right["guess"]),
             "error": change(ways[way], right[way]),
+            "median": float(f"{each.median():.3g}"),
+            "others": int((each > 0.1).sum()),
             "right": round(accuracy(ways[way], test.rows[:captions])["all"], 4),
         }
         tiles.append(ways[way][some])
         print(name, found[name])
-    return {"captions": captions, "drawing_steps": steps, "guidance": guidance, "prompts": test.captions[some], "traps": found}, torch.cat(tiles)
+    redrawn_right = round(accuracy(right["redrawn"], test.rows[:captions])["all"], 4)
+    return {"captions": captions, "drawing_steps": steps, "guidance": guidance, "prompts": test.captions[some], "redrawn_right": redrawn_right,
+            "traps": found}, torch.cat(tiles)
 
 
 @probe("10/traps")
