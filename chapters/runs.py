@@ -928,6 +928,192 @@ def rates(steps: int = 300, values=("4e-5", "4e-3", "4e-1")):
     return {"steps": steps, "at": list(range(5, steps, 10)), "mse": found}, torch.cat(tiles)
 
 
+# ---- chapter 9 ----
+
+
+def of_one_thing(split: str):
+    """The scenes of one thing alone: easier, so that small trainings get somewhere."""
+    data = book.load_data(split)
+    keep = [i for i, row in enumerate(data.rows) if len(row["scene"]["things"]) == 1]
+    data.images, data.rows = data.images[keep], [data.rows[i] for i in keep]
+    data.captions = [row["text"] for row in data.rows]
+    return data
+
+
+def test_cards() -> Tensor:
+    """What no training picture shows: stripes of 1, 2 and 4 pixels, and small letters. (4, 3, 32, 32)"""
+    from PIL import ImageDraw, ImageFont
+
+    card = Image.new("L", (32, 32), 255)
+    for i, word in enumerate(("LATENT", "DIFFU-", "SION")):
+        ImageDraw.Draw(card).text((0, 10 * i), word, fill=0, font=ImageFont.load_default(size=9))
+    stripes = [1 - 2.0 * (torch.arange(32) // width % 2) for width in (1, 2, 4)]
+    letters = torch.tensor(list(card.tobytes())).view(32, 32) / 127.5 - 1
+    return torch.stack([*(stripe.expand(32, 32) for stripe in stripes), letters])[:, None].expand(-1, 3, -1, -1)
+
+
+def contrast_kept(net, widths=(1, 2, 3, 4, 6, 8)) -> list[float]:
+    """Of black and white stripes of these widths, upright and level: the contrast after the autoencoder, in the same pattern, over that before."""
+    kept = []
+    for width in widths:
+        stripe = 1 - 2.0 * (torch.arange(48) // width % 2)
+        x = torch.stack([stripe[shift : shift + 32].expand(32, 32) for shift in range(2 * width)])  # each place once
+        x = torch.cat([x, x.transpose(1, 2)])[:, None].expand(-1, 3, -1, -1)
+        pattern = x - x.mean(dim=(1, 2, 3), keepdim=True)
+        with torch.no_grad():
+            x_hat = net(x)[0].clamp(-1, 1)
+        kept.append(round(((x_hat * pattern).sum() / (x * pattern).sum()).item(), 4))
+    return kept
+
+
+def space_scores(model, rows, judge, reference) -> tuple[dict, Tensor]:
+    """Prompt accuracy and Fréchet distance of what `model` draws for the captions of `rows`, and the pictures."""
+    from ldm_minimal.__main__ import features, frechet
+
+    noise, pictures = torch.Generator().manual_seed(0), []
+    for i in range(0, len(rows), 64):
+        pictures.append(model.generate([row["text"] for row in rows[i : i + 64]], steps=20, guidance=3.0, generator=noise))
+    x = torch.cat(pictures).nan_to_num()
+    with torch.no_grad():
+        grades = {name: round(value, 4) for name, value in accuracy(x, rows).items()}
+        return {"accuracy": grades, "frechet": round(frechet(features(judge, x), reference), 4)}, x
+
+
+def in_space(space: str, budgets: list[float], words, autoencoder_steps: int = 1600, batch: int = 32) -> dict:
+    """Both stages in one space; scored whenever the operations spent, in units of 10^12, pass one of `budgets`.
+
+    words: what `embed` gives for the training captions, computed once for all spaces. Seconds are the process's own, scoring left out."""
+    from ldm_minimal import Stage, measure_scale_factor, train_autoencoder, train_denoiser
+    from ldm_minimal.__main__ import features
+
+    code, data, test, judge = chapter_code("09"), of_one_thing("train"), of_one_thing("test"), book.load_judge()
+    rows, x = test.rows[:128], test.pictures(slice(0, 128))
+    with torch.no_grad():
+        reference = features(judge, data.pictures(slice(0, 2000)))
+    model, spent, tiles, l1 = code["new_model"](space), 0.0, {}, []
+    embed, cost, started = model.embed, code["training_flops"](model), time.process_time()
+    model.embed = lambda prompts: words[tuple(prompts)] if tuple(prompts) in words else embed(prompts)
+    stage = Stage(autoencoder_steps, 8, 1.2e-3)
+    if model.autoencoder.f > 1:
+        model.config = replace(model.config, adversarial_start=stage.steps)  # no adversary: short trainings do without
+        l1 = [parts["l1"].item() for _, parts in train_autoencoder(model, data, stage)]
+        spent = cost["autoencoder"] * stage.batch * stage.steps
+    squeeze_seconds = time.process_time() - started
+    measure_scale_factor(model, data)
+    spent += cost["encode"] * len(data)
+    found = {
+        "f": model.autoencoder.f,
+        "channels": model.autoencoder.channels,
+        "parameters": sum(p.numel() for p in model.unet.parameters()),
+        "flops": cost,
+        "autoencoder_steps": stage.steps if l1 else 0,
+        "autoencoder_tflops": round(spent / 1e12, 3),
+        "autoencoder_seconds": round(squeeze_seconds),
+        "l1_of_20_steps": [mean_of(l1[i : i + 20]) for i in range(0, len(l1), 20)],
+        "scale_factor": round(model.scale_factor, 4),
+        "points": [],
+    }
+    if l1:
+        scores, tiles["restored"] = restored_scores(model.autoencoder, chapter_code("03"), x, rows)
+        found["ceiling"] = {name: scores[name] for name in ("psnr", "seen", "legible")}
+        with torch.no_grad():
+            found["ceiling"]["texture"] = round(accuracy(tiles["restored"], rows)["texture"], 4)
+            tiles["cards"] = model.decode(model.encode(test_cards()))
+        found["ceiling"]["contrast"] = contrast_kept(model.autoencoder)
+        tiles["restored"] = tiles["restored"][:4]
+        print(space, found["ceiling"], flush=True)
+    parts, losses, budgets, clock, paused = {}, [], sorted(budgets), time.process_time(), 0.0
+    forever = Stage(100_000, batch, 2e-3)  # the rate hardly falls, so that every point is the end of a training of that length
+    for step, loss in train_denoiser(model, data, forever, resume=lambda p: parts.update(p) or 0):
+        losses.append(loss["mse"].item())
+        if spent + step * batch * cost["U-Net"] < budgets[0] * 1e12:
+            continue
+        begun, learning = time.process_time(), model.unet
+        model.unet = parts["ema"]
+        scores, drawn = space_scores(model, rows, judge, reference)
+        model.unet, tiles[f"{budgets.pop(0):g}"] = learning, drawn[:8]
+        point = {
+            "steps": step,
+            "tflops": round((spent + step * batch * cost["U-Net"]) / 1e12, 3),
+            "seconds": round(squeeze_seconds + begun - clock - paused),
+        }
+        found["points"].append(point | scores)
+        print(space, found["points"][-1], flush=True)
+        paused += time.process_time() - begun
+        if not budgets:
+            break
+    return found | {"mse_of_50_steps": [mean_of(losses[i : i + 50]) for i in range(0, len(losses), 50)], "tiles": tiles}
+
+
+def kept_part(name: str, function, *arguments):
+    """What `function` returned in a run that was stopped, or returns now: parts of a long recipe, in runs/ of the repository, which git ignores."""
+    path = HERE.parent / "runs" / "parts" / f"{name}.pt"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        started, worked = time.time(), time.process_time()
+        made = function(*arguments)
+        torch.save(made | {"minutes": (time.time() - started) / 60, "cpu_minutes": (time.process_time() - worked) / 60}, path)
+    return torch.load(path, weights_only=True)
+
+
+SPACE_BUDGETS = {  # in 10^12 operations, the autoencoder's included; 18 is common to all
+    "f = 4": [11, 12.5, 15, 18, 22, 28],
+    "pixels": [5, 10, 18, 28, 40],
+    "f = 8": [18],
+    "f = 2": [18],
+    "f = 8, c = 16": [18],
+}
+
+
+@recipe("09/spaces")
+def spaces():
+    """The same scenes, words and budget in five spaces: pixels, and latents of four autoencoders. One training of each stage a space."""
+    from ldm_minimal.__main__ import features, frechet
+
+    model, data, test = book.load_model(), of_one_thing("train"), of_one_thing("test")
+    with torch.no_grad():
+        parts = [data.captions[i : i + 256] for i in range(0, len(data), 256)]
+        words = {tuple(part): model.embed(part) for part in parts}
+        judge = book.load_judge()
+        floor = frechet(features(judge, test.pictures(slice(0, 128))), features(judge, data.pictures(slice(0, 2000))))
+    made = {space: kept_part(space, in_space, space, budgets, words) for space, budgets in SPACE_BUDGETS.items()}
+    tiles, names = [test.pictures(slice(0, 8)), test_cards()], ["real"] * 8 + ["cards"] * 4
+    minutes = {kind: round(sum(part.pop(kind) for part in made.values()), 1) for kind in ("minutes", "cpu_minutes")}
+    for space, part in made.items():
+        for name, pictures in part.pop("tiles").items():
+            tiles.append(pictures)
+            names += [f"{space}: {name}"] * len(pictures)
+    for path in (HERE.parent / "runs" / "parts").glob("*.pt"):
+        path.unlink()
+    return minutes | {
+        "captions": 128,
+        "drawing_steps": 20,
+        "guidance": 3.0,
+        "pictures_of_training": len(data),
+        "batch": 32,
+        "common": 18,
+        "frechet_floor": round(floor, 4),
+        "prompts": test.captions[:8],
+        "stripes": [1, 2, 3, 4, 6, 8],
+        "names": names,
+        "spaces": made,
+    }, torch.cat(tiles)
+
+
+@probe("09/spaces")
+def first_steps_of_a_squeeze(record):
+    """Operations counted again in all spaces, and twenty steps of the autoencoder with f = 8."""
+    from ldm_minimal import Stage, train_autoencoder
+
+    code = chapter_code("09")
+    counted = [code["training_flops"](code["new_model"](space))["U-Net"] for space in record["spaces"]]
+    model, before = code["new_model"]("f = 8"), record["spaces"]["f = 8"]
+    model.config = replace(model.config, adversarial_start=100_000)
+    training = train_autoencoder(model, of_one_thing("train"), Stage(before["autoencoder_steps"], 8, 1.2e-3))
+    l1 = mean_of([next(training)[1]["l1"].item() for _ in range(20)])
+    return [*counted, l1], [part["flops"]["U-Net"] for part in record["spaces"].values()] + before["l1_of_20_steps"][:1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("chapters", nargs="*", metavar="NN", help="chapters whose results to remake")
