@@ -979,64 +979,88 @@ def space_scores(model, rows, judge, reference) -> tuple[dict, Tensor]:
         return {"accuracy": grades, "frechet": round(frechet(features(judge, x), reference), 4)}, x
 
 
-def in_space(space: str, budgets: list[float], words, autoencoder_steps: int = 1600, batch: int = 32) -> dict:
-    """Both stages in one space; scored whenever the operations spent, in units of 10^12, pass one of `budgets`.
+def squeeze_further(model, data, steps: int, see):
+    """Train what is new in the autoencoder of `model`. Returns (10^12 operations, losses): f = 2 by chapter 3's loss without an adversary, f = 8 in the latents of f = 4."""
+    from ldm_minimal import Stage, encode_all, train_autoencoder
+    from ldm_minimal.ldm import Accelerator, Trainee
+
+    code, net = chapter_code("09"), model.autoencoder
+    if net.f == 2:
+        stage, before = Stage(steps, 8, 1e-3), model.config
+        model.config = replace(model.config, adversarial_start=stage.steps)
+        losses = [parts["l1"].item() for _, parts in train_autoencoder(model, data, stage, perceptual=see)]
+        model.config = before
+        return code["squeeze_flops"](net, see) * stage.batch * stage.steps / 1e12, losses
+    stage, z, losses = Stage(steps, 32, 2e-3), [], []
+    for part in data.images.split(256):
+        with torch.no_grad():
+            z.append(net.scale * net.outer.encode(part.float() / 127.5 - 1).mean)
+    z, inner = torch.cat(z), torch.nn.ModuleList([net.down, net.up])
+    trainee = Trainee(inner, stage, Accelerator(cpu=True))
+    for step in range(steps):
+        batch = z[torch.randint(len(z), (stage.batch,))]
+        loss = (net.up(net.down(batch)) - batch).square().mean()
+        trainee.step(loss, step)
+        losses.append(loss.item())
+    trainee.done()
+    one = code["flops"](inner, lambda: net.up(net.down(z[:1])).sum().backward())
+    encoding = code["flops"](net.outer, lambda: net.outer.encode(torch.zeros(1, 3, 32, 32)))
+    return (one * stage.batch * stage.steps + encoding * len(data)) / 1e12, losses
+
+
+def in_space(space: str, budgets: list[float], words, batch: int = 32) -> dict:
+    """What is new of the autoencoder, then the U-Net, in one space; scored whenever the U-Net's operations, in units of 10^12, pass one of `budgets`.
 
     words: what `embed` gives for the training captions, computed once for all spaces. Seconds are the process's own, scoring left out."""
-    from ldm_minimal import Stage, measure_scale_factor, train_autoencoder, train_denoiser
+    from ldm_minimal import PerceptualLoss, Stage, measure_scale_factor, train_denoiser
     from ldm_minimal.__main__ import features
 
     code, data, test, judge = chapter_code("09"), of_one_thing("train"), of_one_thing("test"), book.load_judge()
     rows, x = test.rows[:128], test.pictures(slice(0, 128))
     with torch.no_grad():
         reference = features(judge, data.pictures(slice(0, 2000)))
-    model, spent, tiles, l1 = code["new_model"](space), 0.0, {}, []
-    embed, cost, started = model.embed, code["training_flops"](model), time.process_time()
+    model, tiles, further, losses = code["new_model"](space), {}, 0.0, []
+    embed, one, started = model.embed, code["unet_step_flops"](model), time.process_time()
     model.embed = lambda prompts: words[tuple(prompts)] if tuple(prompts) in words else embed(prompts)
-    stage = Stage(autoencoder_steps, 8, 1.2e-3)
-    if model.autoencoder.f > 1:
-        model.config = replace(model.config, adversarial_start=stage.steps)  # no adversary: short trainings do without
-        l1 = [parts["l1"].item() for _, parts in train_autoencoder(model, data, stage)]
-        spent = cost["autoencoder"] * stage.batch * stage.steps
+    see = PerceptualLoss(model.image_encoder.requires_grad_(False).features)
+    if model.autoencoder.f in (2, 8):
+        further, losses = squeeze_further(model, data, 800 if model.autoencoder.f == 2 else 1500, see)
     squeeze_seconds = time.process_time() - started
-    measure_scale_factor(model, data)
-    spent += cost["encode"] * len(data)
+    if space != "f = 4":
+        measure_scale_factor(model, data)
+    model.eval()
     found = {
         "f": model.autoencoder.f,
         "channels": model.autoencoder.channels,
         "parameters": sum(p.numel() for p in model.unet.parameters()),
-        "flops": cost,
-        "autoencoder_steps": stage.steps if l1 else 0,
-        "autoencoder_tflops": round(spent / 1e12, 3),
-        "autoencoder_seconds": round(squeeze_seconds),
-        "l1_of_20_steps": [mean_of(l1[i : i + 20]) for i in range(0, len(l1), 20)],
+        "step_flops": one,
+        "squeeze_tflops": 0 if space == "pixels" else round(further + code["shipped_tflop"](), 3),
+        "further_seconds": round(squeeze_seconds),
+        "losses_of_20_steps": [mean_of(losses[i : i + 20]) for i in range(0, len(losses), 20)],
         "scale_factor": round(model.scale_factor, 4),
         "points": [],
     }
-    if l1:
-        scores, tiles["restored"] = restored_scores(model.autoencoder, chapter_code("03"), x, rows)
-        found["ceiling"] = {name: scores[name] for name in ("psnr", "seen", "legible")}
+    if space != "pixels":
+        net = lambda x: (model.decode(model.encode(x)), model.autoencoder.encode(x))  # noqa: E731
+        scores, restored = restored_scores(net, chapter_code("03"), x, rows)
+        found["ceiling"] = {name: scores[name] for name in ("psnr", "seen", "legible")} | {
+            "texture": round(accuracy(restored, rows)["texture"], 4),
+            "contrast": contrast_kept(net),
+        }
         with torch.no_grad():
-            found["ceiling"]["texture"] = round(accuracy(tiles["restored"], rows)["texture"], 4)
-            tiles["cards"] = model.decode(model.encode(test_cards()))
-        found["ceiling"]["contrast"] = contrast_kept(model.autoencoder)
-        tiles["restored"] = tiles["restored"][:4]
+            tiles = {"restored": restored[:4], "cards": model.decode(model.encode(test_cards()))}
         print(space, found["ceiling"], flush=True)
     parts, losses, budgets, clock, paused = {}, [], sorted(budgets), time.process_time(), 0.0
     forever = Stage(100_000, batch, 2e-3)  # the rate hardly falls, so that every point is the end of a training of that length
     for step, loss in train_denoiser(model, data, forever, resume=lambda p: parts.update(p) or 0):
         losses.append(loss["mse"].item())
-        if spent + step * batch * cost["U-Net"] < budgets[0] * 1e12:
+        if step * batch * one < budgets[0] * 1e12:
             continue
         begun, learning = time.process_time(), model.unet
         model.unet = parts["ema"]
         scores, drawn = space_scores(model, rows, judge, reference)
         model.unet, tiles[f"{budgets.pop(0):g}"] = learning, drawn[:8]
-        point = {
-            "steps": step,
-            "tflops": round((spent + step * batch * cost["U-Net"]) / 1e12, 3),
-            "seconds": round(squeeze_seconds + begun - clock - paused),
-        }
+        point = {"steps": step, "tflops": round(step * batch * one / 1e12, 3), "seconds": round(begun - clock - paused)}
         found["points"].append(point | scores)
         print(space, found["points"][-1], flush=True)
         paused += time.process_time() - begun
@@ -1056,12 +1080,12 @@ def kept_part(name: str, function, *arguments):
     return torch.load(path, weights_only=True)
 
 
-SPACE_BUDGETS = {  # in 10^12 operations, the autoencoder's included; 18 is common to all
-    "f = 4": [11, 12.5, 15, 18, 22, 28],
-    "pixels": [5, 10, 18, 28, 40],
-    "f = 8": [18],
-    "f = 2": [18],
-    "f = 8, c = 16": [18],
+SPACE_BUDGETS = {  # of the U-Nets, in 10^12 operations; 8 is common to all
+    "f = 4": [2, 4, 8, 13],
+    "pixels": [4, 8, 16, 26],
+    "f = 8": [8],
+    "f = 8, c = 16": [8],
+    "f = 2": [8],
 }
 
 
@@ -1091,7 +1115,7 @@ def spaces():
         "guidance": 3.0,
         "pictures_of_training": len(data),
         "batch": 32,
-        "common": 18,
+        "common": 8,
         "frechet_floor": round(floor, 4),
         "prompts": test.captions[:8],
         "stripes": [1, 2, 3, 4, 6, 8],
@@ -1101,17 +1125,18 @@ def spaces():
 
 
 @probe("09/spaces")
-def first_steps_of_a_squeeze(record):
-    """Operations counted again in all spaces, and twenty steps of the autoencoder with f = 8."""
-    from ldm_minimal import Stage, train_autoencoder
-
-    code = chapter_code("09")
-    counted = [code["training_flops"](code["new_model"](space))["U-Net"] for space in record["spaces"]]
-    model, before = code["new_model"]("f = 8"), record["spaces"]["f = 8"]
-    model.config = replace(model.config, adversarial_start=100_000)
-    training = train_autoencoder(model, of_one_thing("train"), Stage(before["autoencoder_steps"], 8, 1.2e-3))
-    l1 = mean_of([next(training)[1]["l1"].item() for _ in range(20)])
-    return [*counted, l1], [part["flops"]["U-Net"] for part in record["spaces"].values()] + before["l1_of_20_steps"][:1]
+def counted_again(record):
+    """The operations of a training step in all spaces, the shipped autoencoder's, and the ceiling of f = 4."""
+    code, test = chapter_code("09"), of_one_thing("test")
+    models = {space: code["new_model"](space) for space in record["spaces"]}
+    counted = [code["unet_step_flops"](model) for model in models.values()]
+    with torch.no_grad():
+        x_hat = models["f = 4"].decode(models["f = 4"].encode(test.pictures(slice(0, 128))))
+    read, f4 = accuracy(x_hat, test.rows[:128])["all"], record["spaces"]["f = 4"]
+    return [*counted, code["shipped_tflop"](), read], [part["step_flops"] for part in record["spaces"].values()] + [
+        f4["squeeze_tflops"],
+        f4["ceiling"]["legible"],
+    ]
 
 
 def main() -> None:
