@@ -1024,7 +1024,7 @@ def in_space(space: str, budgets: list[float], words, batch: int = 32) -> dict:
     model.embed = lambda prompts: words[tuple(prompts)] if tuple(prompts) in words else embed(prompts)
     see = PerceptualLoss(model.image_encoder.requires_grad_(False).features)
     if model.autoencoder.f in (2, 8):
-        further, losses = squeeze_further(model, data, 800 if model.autoencoder.f == 2 else 1500, see)
+        further, losses = squeeze_further(model, data, 800, see)
     squeeze_seconds = time.process_time() - started
     if space != "f = 4":
         measure_scale_factor(model, data)
@@ -1082,7 +1082,7 @@ def kept_part(name: str, function, *arguments):
 
 SPACE_BUDGETS = {  # of the U-Nets, in 10^12 operations; 8 is common to all
     "f = 4": [2, 4, 8, 13],
-    "pixels": [4, 8, 16, 26],
+    "pixels": [8, 16, 24],
     "f = 8": [8],
     "f = 8, c = 16": [8],
     "f = 2": [8],
