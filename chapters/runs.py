@@ -1008,38 +1008,26 @@ def squeeze_further(model, data, steps: int, see):
     return (one * stage.batch * stage.steps + encoding * len(data)) / 1e12, losses
 
 
-def in_space(space: str, budgets: list[float], words, batch: int = 32) -> dict:
-    """What is new of the autoencoder, then the U-Net, in one space; scored whenever the U-Net's operations, in units of 10^12, pass one of `budgets`.
+def squeeze(space: str) -> dict:
+    """What is new in the autoencoder of a space, trained; what it keeps of test pictures and of cards."""
+    from ldm_minimal import PerceptualLoss, measure_scale_factor
 
-    words: what `embed` gives for the training captions, computed once for all spaces. Seconds are the process's own, scoring left out."""
-    from ldm_minimal import PerceptualLoss, Stage, measure_scale_factor, train_denoiser
-    from ldm_minimal.__main__ import features
-
-    code, data, test, judge = chapter_code("09"), of_one_thing("train"), of_one_thing("test"), book.load_judge()
-    rows, x = test.rows[:128], test.pictures(slice(0, 128))
-    with torch.no_grad():
-        reference = features(judge, data.pictures(slice(0, 2000)))
-    model, tiles, further, losses = code["new_model"](space), {}, 0.0, []
-    embed, one, started = model.embed, code["unet_step_flops"](model), time.process_time()
-    model.embed = lambda prompts: words[tuple(prompts)] if tuple(prompts) in words else embed(prompts)
-    see = PerceptualLoss(model.image_encoder.requires_grad_(False).features)
+    code, data, test = chapter_code("09"), of_one_thing("train"), of_one_thing("test")
+    model, further, losses, started = code["new_model"](space), 0.0, [], time.process_time()
     if model.autoencoder.f in (2, 8):
+        see = PerceptualLoss(model.image_encoder.requires_grad_(False).features)
         further, losses = squeeze_further(model, data, 800, see)
-    squeeze_seconds = time.process_time() - started
+    seconds = time.process_time() - started
     if space != "f = 4":
         measure_scale_factor(model, data)
     model.eval()
     found = {
-        "f": model.autoencoder.f,
-        "channels": model.autoencoder.channels,
-        "parameters": sum(p.numel() for p in model.unet.parameters()),
-        "step_flops": one,
         "squeeze_tflops": 0 if space == "pixels" else round(further + code["shipped_tflop"](), 3),
-        "further_seconds": round(squeeze_seconds),
+        "further_seconds": round(seconds),
         "losses_of_20_steps": [mean_of(losses[i : i + 20]) for i in range(0, len(losses), 20)],
         "scale_factor": round(model.scale_factor, 4),
-        "points": [],
     }
+    rows, x, tiles = test.rows[:128], test.pictures(slice(0, 128)), {}
     if space != "pixels":
         net = lambda x: (model.decode(model.encode(x)), model.autoencoder.encode(x))  # noqa: E731
         scores, restored = restored_scores(net, chapter_code("03"), x, rows)
@@ -1050,8 +1038,34 @@ def in_space(space: str, budgets: list[float], words, batch: int = 32) -> dict:
         with torch.no_grad():
             tiles = {"restored": restored[:4], "cards": model.decode(model.encode(test_cards()))}
         print(space, found["ceiling"], flush=True)
+    return {"found": found, "tiles": tiles, "weights": model.autoencoder.state_dict(), "scale": model.scale_factor}
+
+
+def in_space(space: str, budgets: list[float], words, batch: int = 32) -> dict:
+    """A U-Net in one space; scored whenever its operations, in units of 10^12, pass one of `budgets`; with none, only the autoencoder's scores.
+
+    words: what `embed` gives for the training captions, computed once for all spaces. Seconds are the process's own, scoring left out."""
+    from ldm_minimal import Stage, train_denoiser
+    from ldm_minimal.__main__ import features
+
+    code, data, test, judge = chapter_code("09"), of_one_thing("train"), of_one_thing("test"), book.load_judge()
+    model, squeezed = code["new_model"](space), kept_part(f"{space}, autoencoder", squeeze, space)
+    model.autoencoder.load_state_dict(squeezed["weights"])
+    model.config, rows, tiles = replace(model.config, scale_factor=squeezed["scale"]), test.rows[:128], squeezed["tiles"]
+    with torch.no_grad():
+        reference = features(judge, data.pictures(slice(0, 2000)))
+    embed, one = model.embed, code["unet_step_flops"](model)
+    model.embed = lambda prompts: words[tuple(prompts)] if tuple(prompts) in words else embed(prompts)
+    found = {
+        "f": model.autoencoder.f,
+        "channels": model.autoencoder.channels,
+        "parameters": sum(p.numel() for p in model.unet.parameters()),
+        "step_flops": one,
+        **squeezed["found"],
+        "points": [],
+    }
     parts, losses, budgets, clock, paused = {}, [], sorted(budgets), time.process_time(), 0.0
-    forever = Stage(100_000, batch, 2e-3)  # the rate hardly falls, so that every point is the end of a training of that length
+    forever = Stage(100_000 if budgets else 0, batch, 2e-3)  # the rate hardly falls, so that every point is the end of a training of that length
     for step, loss in train_denoiser(model, data, forever, resume=lambda p: parts.update(p) or 0):
         losses.append(loss["mse"].item())
         if step * batch * one < budgets[0] * 1e12:
@@ -1084,8 +1098,8 @@ SPACE_BUDGETS = {  # of the U-Nets, in 10^12 operations; 8 is common to all
     "f = 4": [2, 4, 8, 13],
     "pixels": [8, 16, 24],
     "f = 8": [8],
-    "f = 8, c = 16": [8],
     "f = 2": [8],
+    "f = 8, c = 16": [8],
 }
 
 
@@ -1100,9 +1114,10 @@ def spaces():
         words = {tuple(part): model.embed(part) for part in parts}
         judge = book.load_judge()
         floor = frechet(features(judge, test.pictures(slice(0, 128))), features(judge, data.pictures(slice(0, 2000))))
-    made = {space: kept_part(space, in_space, space, budgets, words) for space, budgets in SPACE_BUDGETS.items()}
+    squeezes = [kept_part(f"{space}, autoencoder", squeeze, space) for space in SPACE_BUDGETS]
+    made = {space: kept_part(f"{space} {budgets}", in_space, space, budgets, words) for space, budgets in SPACE_BUDGETS.items()}
     tiles, names = [test.pictures(slice(0, 8)), test_cards()], ["real"] * 8 + ["cards"] * 4
-    minutes = {kind: round(sum(part.pop(kind) for part in made.values()), 1) for kind in ("minutes", "cpu_minutes")}
+    minutes = {kind: round(sum(part.pop(kind) for part in [*squeezes, *made.values()]), 1) for kind in ("minutes", "cpu_minutes")}
     for space, part in made.items():
         for name, pictures in part.pop("tiles").items():
             tiles.append(pictures)
