@@ -704,6 +704,107 @@ def nearest(answer):
     )
 
 
+# ---- chapter 9: why latent? ------------------------------------------------------------------------------------------
+
+
+@exercise("9.1")
+def fewer(answer):
+    got = [float(value) for value in answer]
+    if len(got) != 3:
+        return f"{len(got)} numbers; three are asked for: scalars, positions, pairs"
+    if got == [48.0, 64.0, 4096.0]:
+        return "that is Stable Diffusion 1; here a position holds 16 numbers"
+    if not far(got, [1 / 12, 1 / 64, 1 / 4096]):
+        return "turned over: how many times FEWER"
+    names = ("numbers: 3 x 1024 x 1024 against 16 x 128 x 128", "positions: 8 x 8 pixels become one", "pairs: the positions, squared")
+    for value, right, name in zip(got, (12, 64, 4096), names):
+        if far(value, right):
+            return f"look again at the {name}"
+    return None
+
+
+@exercise("9.2")
+def conv_flops(answer):
+    def counted(c_in, c_out, k, side, stride):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            torch.nn.Conv2d(c_in, c_out, k, stride, padding=k // 2)(torch.zeros(1, c_in, side, side))
+        return counter.get_total_flops()
+
+    for c_in, c_out, k, side, stride in ((6, 10, 3, 16, 1), (5, 7, 1, 12, 1), (4, 8, 5, 20, 2)):
+        right, got = counted(c_in, c_out, k, side, stride), float(answer(c_in, c_out, k, side, stride))
+        if not far(got, right):
+            continue
+        if not far(got, right / 2):
+            return "those are the multiplications; each comes with an addition"
+        if stride == 1 and not far(got, 2 * k * c_in * c_out * side**2):
+            return "the kernel has k x k weights for each pair of channels"
+        if stride > 1 and not far(got, right * stride**2):
+            return "with a stride of 2 the map that is made has half the side: count the positions where a result is computed"
+        if stride > 1 and not far(got, right * stride):
+            return "the stride shortens both sides"
+        return f"for {c_in} to {c_out} channels, k = {k}, side {side}, stride {stride} PyTorch counts {right:,}, you {got:,.0f}"
+    return None
+
+
+@exercise("9.3")
+def steps_for(answer):
+    from math import ceil
+
+    for share, text, unet, decoder, guided in ((0.9, 0.03, 0.8, 2.51, True), (0.5, 0.03, 0.8, 2.51, False), (0.97, 1.0, 2.0, 30.0, True), (0.75, 0.0, 1.0, 3.1, False)):
+        evaluations = share / (1 - share) * (text + decoder) / unet
+        right, got = ceil(evaluations / (2 if guided else 1)), float(answer(share, text, unet, decoder, guided))
+        if got == right:
+            continue
+        if guided and got == ceil(evaluations):
+            return "those are evaluations; a guided step makes two"
+        if not far(got, evaluations / (2 if guided else 1)) or got == right - 1:
+            return "steps are whole: the first whole number at which the share is reached"
+        if got == max(1, ceil(share * (text + decoder) / unet / (2 if guided else 1))):
+            return "the share is of the whole work, the U-Net's own included"
+        return f"for share {share}, text {text}, U-Net {unet}, decoder {decoder}, guided {guided} it is {right}, not {got:g}"
+    return None
+
+
+@exercise("9.4")
+def dearer(answer):
+    times_dearer, share_of_pairs = answer
+    for s, r in ((0.1525, 8), (0.3, 2), (0.0, 4), (1.0, 3)):
+        got, right = float(times_dearer(s, r)), (1 - s) * r**2 + s * r**4
+        if s not in (0, 1) and not far(got, (1 - s) * r + s * r**2):
+            return "r is the ratio of the sides; positions grow with its square"
+        if s not in (0, 1) and not far(got, s * r**2 + (1 - s) * r**4):
+            return "turned over: s is the share that grows with the pairs"
+        if far(got, right):
+            return f"for s = {s}, r = {r} it is not {got:g}; one part grows like the positions, the other like their square"
+    for s, r in ((0.1525, 8), (0.4, 2)):
+        m = (1 - s) * r**2 + s * r**4
+        got = float(share_of_pairs(m, r))
+        if not far(got, s * r**4 / m):
+            return "that is the share on the large map; the share on the latent is asked for"
+        if far(got, s, 1e-3):
+            return f"times_dearer is right; turned round, m = {m:g} at r = {r} does not give s = {got:g}"
+    return None
+
+
+@exercise("9.5")
+def pays_from(answer):
+    for once, latent, pixel, share in ((40.0, 1.0, 3.0, 1.0), (40.0, 1.0, 3.0, 0.5), (12.0, 2.0, 3.0, 0.25), (5.0, 1.0, 3.0, 2.0)):
+        got, right = float(answer(once, latent, pixel, share)), once / (pixel - share * latent)
+        if share != 1 and not far(got, once / (pixel - latent)):
+            return "`fewer` is left out: the latent run sees only that share of the pictures"
+        if share != 1 and not far(got, share * right):
+            return "those are the pictures of the latent run; asked for are those of the pixel run"
+        if not far(got, once / pixel):
+            return "the latent run's own steps cost something too"
+        if far(got, right):
+            return f"for once = {once:g}, latent = {latent:g}, pixel = {pixel:g}, fewer = {share:g} it is not {got:g}; set both costs equal"
+    if float(answer(1.0, 2.0, 2.0, 1.0)) != float("inf") or float(answer(1.0, 1.0, 3.0, 4.0)) != float("inf"):
+        return "where the latent run costs as much a picture, or more, it never pays: infinity"
+    return None
+
+
 # ---- chapter 10: this is Stable Diffusion ----
 
 

@@ -928,6 +928,232 @@ def rates(steps: int = 300, values=("4e-5", "4e-3", "4e-1")):
     return {"steps": steps, "at": list(range(5, steps, 10)), "mse": found}, torch.cat(tiles)
 
 
+# ---- chapter 9 ----
+
+
+def of_one_thing(split: str):
+    """The scenes of one thing alone: easier, so that small trainings get somewhere."""
+    data = book.load_data(split)
+    keep = [i for i, row in enumerate(data.rows) if len(row["scene"]["things"]) == 1]
+    data.images, data.rows = data.images[keep], [data.rows[i] for i in keep]
+    data.captions = [row["text"] for row in data.rows]
+    return data
+
+
+def test_cards() -> Tensor:
+    """What no training picture shows: stripes of 1, 2 and 4 pixels, and small letters. (4, 3, 32, 32)"""
+    from PIL import ImageDraw, ImageFont
+
+    card = Image.new("L", (32, 32), 255)
+    for i, word in enumerate(("LATENT", "DIFFU-", "SION")):
+        ImageDraw.Draw(card).text((0, 10 * i), word, fill=0, font=ImageFont.load_default(size=9))
+    stripes = [1 - 2.0 * (torch.arange(32) // width % 2) for width in (1, 2, 4)]
+    letters = torch.tensor(list(card.tobytes())).view(32, 32) / 127.5 - 1
+    return torch.stack([*(stripe.expand(32, 32) for stripe in stripes), letters])[:, None].expand(-1, 3, -1, -1)
+
+
+def contrast_kept(net, widths=(1, 2, 3, 4, 6, 8)) -> list[float]:
+    """Of black and white stripes of these widths, upright and level: the contrast after the autoencoder, in the same pattern, over that before."""
+    kept = []
+    for width in widths:
+        stripe = 1 - 2.0 * (torch.arange(48) // width % 2)
+        x = torch.stack([stripe[shift : shift + 32].expand(32, 32) for shift in range(2 * width)])  # each place once
+        x = torch.cat([x, x.transpose(1, 2)])[:, None].expand(-1, 3, -1, -1)
+        pattern = x - x.mean(dim=(1, 2, 3), keepdim=True)
+        with torch.no_grad():
+            x_hat = net(x)[0].clamp(-1, 1)
+        kept.append(round(((x_hat * pattern).sum() / (x * pattern).sum()).item(), 4))
+    return kept
+
+
+def space_scores(model, rows, judge, reference) -> tuple[dict, Tensor]:
+    """Prompt accuracy and Fréchet distance of what `model` draws for the captions of `rows`, and the pictures."""
+    from ldm_minimal.__main__ import features, frechet
+
+    noise, pictures = torch.Generator().manual_seed(0), []
+    for i in range(0, len(rows), 64):
+        pictures.append(model.generate([row["text"] for row in rows[i : i + 64]], steps=20, guidance=3.0, generator=noise))
+    x = torch.cat(pictures).nan_to_num()
+    with torch.no_grad():
+        grades = {name: round(value, 4) for name, value in accuracy(x, rows).items()}
+        return {"accuracy": grades, "frechet": round(frechet(features(judge, x), reference), 4)}, x
+
+
+def squeeze_further(model, data, steps: int, see):
+    """Train what is new in the autoencoder of `model`. Returns (10^12 operations, losses): f = 2 by chapter 3's loss without an adversary, f = 8 in the latents of f = 4."""
+    from ldm_minimal import Stage, encode_all, train_autoencoder
+    from ldm_minimal.ldm import Accelerator, Trainee
+
+    code, net = chapter_code("09"), model.autoencoder
+    if net.f == 2:
+        stage, before = Stage(steps, 8, 1e-3), model.config
+        model.config = replace(model.config, adversarial_start=stage.steps)
+        losses = [parts["l1"].item() for _, parts in train_autoencoder(model, data, stage, perceptual=see)]
+        model.config = before
+        return code["squeeze_flops"](net, see) * stage.batch * stage.steps / 1e12, losses
+    stage, z, losses = Stage(steps, 32, 2e-3), [], []
+    for part in data.images.split(256):
+        with torch.no_grad():
+            z.append(net.scale * net.outer.encode(part.float() / 127.5 - 1).mean)
+    z, inner = torch.cat(z), torch.nn.ModuleList([net.down, net.up])
+    trainee = Trainee(inner, stage, Accelerator(cpu=True))
+    for step in range(steps):
+        batch = z[torch.randint(len(z), (stage.batch,))]
+        loss = (net.up(net.down(batch)) - batch).square().mean()
+        trainee.step(loss, step)
+        losses.append(loss.item())
+    trainee.done()
+    one = code["flops"](inner, lambda: net.up(net.down(z[:1])).sum().backward())
+    encoding = code["flops"](net.outer, lambda: net.outer.encode(torch.zeros(1, 3, 32, 32)))
+    return (one * stage.batch * stage.steps + encoding * len(data)) / 1e12, losses
+
+
+def squeeze(space: str) -> dict:
+    """What is new in the autoencoder of a space, trained; what it keeps of test pictures and of cards."""
+    from ldm_minimal import PerceptualLoss, measure_scale_factor
+
+    code, data, test = chapter_code("09"), of_one_thing("train"), of_one_thing("test")
+    model, further, losses, started = code["new_model"](space), 0.0, [], time.process_time()
+    if model.autoencoder.f in (2, 8):
+        see = PerceptualLoss(model.image_encoder.requires_grad_(False).features)
+        further, losses = squeeze_further(model, data, 800, see)
+    seconds = time.process_time() - started
+    if space != "f = 4":
+        measure_scale_factor(model, data)
+    model.eval()
+    found = {
+        "squeeze_tflops": 0 if space == "pixels" else round(further + code["shipped_tflop"](), 3),
+        "further_seconds": round(seconds),
+        "losses_of_20_steps": [mean_of(losses[i : i + 20]) for i in range(0, len(losses), 20)],
+        "scale_factor": round(model.scale_factor, 4),
+    }
+    rows, x, tiles = test.rows[:128], test.pictures(slice(0, 128)), {}
+    if space != "pixels":
+        net = lambda x: (model.decode(model.encode(x)), model.autoencoder.encode(x))  # noqa: E731
+        scores, restored = restored_scores(net, chapter_code("03"), x, rows)
+        found["ceiling"] = {name: scores[name] for name in ("psnr", "seen", "legible")} | {
+            "texture": round(accuracy(restored, rows)["texture"], 4),
+            "contrast": contrast_kept(net),
+        }
+        with torch.no_grad():
+            tiles = {"restored": restored[:4], "cards": model.decode(model.encode(test_cards()))}
+        print(space, found["ceiling"], flush=True)
+    return {"found": found, "tiles": tiles, "weights": model.autoencoder.state_dict(), "scale": model.scale_factor}
+
+
+def in_space(space: str, budgets: list[float], words, batch: int = 32) -> dict:
+    """A U-Net in one space; scored whenever its operations, in units of 10^12, pass one of `budgets`; with none, only the autoencoder's scores.
+
+    words: what `embed` gives for the training captions, computed once for all spaces. Seconds are the process's own, scoring left out."""
+    from ldm_minimal import Stage, train_denoiser
+    from ldm_minimal.__main__ import features
+
+    code, data, test, judge = chapter_code("09"), of_one_thing("train"), of_one_thing("test"), book.load_judge()
+    model, squeezed = code["new_model"](space), kept_part(f"{space}, autoencoder", squeeze, space)
+    model.autoencoder.load_state_dict(squeezed["weights"])
+    model.config, rows, tiles = replace(model.config, scale_factor=squeezed["scale"]), test.rows[:128], squeezed["tiles"]
+    with torch.no_grad():
+        reference = features(judge, data.pictures(slice(0, 2000)))
+    embed, one = model.embed, code["unet_step_flops"](model)
+    model.embed = lambda prompts: words[tuple(prompts)] if tuple(prompts) in words else embed(prompts)
+    found = {
+        "f": model.autoencoder.f,
+        "channels": model.autoencoder.channels,
+        "parameters": sum(p.numel() for p in model.unet.parameters()),
+        "step_flops": one,
+        **squeezed["found"],
+        "points": [],
+    }
+    parts, losses, budgets, clock, paused = {}, [], sorted(budgets), time.process_time(), 0.0
+    forever = Stage(100_000 if budgets else 0, batch, 2e-3)  # the rate hardly falls, so that every point is the end of a training of that length
+    for step, loss in train_denoiser(model, data, forever, resume=lambda p: parts.update(p) or 0):
+        losses.append(loss["mse"].item())
+        if step * batch * one < budgets[0] * 1e12:
+            continue
+        begun, learning = time.process_time(), model.unet
+        model.unet = parts["ema"]
+        scores, drawn = space_scores(model, rows, judge, reference)
+        model.unet, tiles[f"{budgets.pop(0):g}"] = learning, drawn[:8]
+        point = {"steps": step, "tflops": round(step * batch * one / 1e12, 3), "seconds": round(begun - clock - paused)}
+        found["points"].append(point | scores)
+        print(space, found["points"][-1], flush=True)
+        paused += time.process_time() - begun
+        if not budgets:
+            break
+    return found | {"mse_of_50_steps": [mean_of(losses[i : i + 50]) for i in range(0, len(losses), 50)], "tiles": tiles}
+
+
+def kept_part(name: str, function, *arguments):
+    """What `function` returned in a run that was stopped, or returns now: parts of a long recipe, in runs/ of the repository, which git ignores."""
+    path = HERE.parent / "runs" / "parts" / f"{name}.pt"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        started, worked = time.time(), time.process_time()
+        made = function(*arguments)
+        torch.save(made | {"minutes": (time.time() - started) / 60, "cpu_minutes": (time.process_time() - worked) / 60}, path)
+    return torch.load(path, weights_only=True)
+
+
+SPACE_BUDGETS = {  # of the U-Nets, in 10^12 operations; 8 is common to all
+    "f = 4": [2, 4, 8, 13],
+    "pixels": [8, 16, 24],
+    "f = 8": [8],
+    "f = 2": [8],
+    "f = 8, c = 16": [8],
+}
+
+
+@recipe("09/spaces")
+def spaces():
+    """The same scenes, words and budget in five spaces: pixels, and latents of four autoencoders. One training of each stage a space."""
+    from ldm_minimal.__main__ import features, frechet
+
+    model, data, test = book.load_model(), of_one_thing("train"), of_one_thing("test")
+    with torch.no_grad():
+        parts = [data.captions[i : i + 256] for i in range(0, len(data), 256)]
+        words = {tuple(part): model.embed(part) for part in parts}
+        judge = book.load_judge()
+        floor = frechet(features(judge, test.pictures(slice(0, 128))), features(judge, data.pictures(slice(0, 2000))))
+    squeezes = [kept_part(f"{space}, autoencoder", squeeze, space) for space in SPACE_BUDGETS]
+    made = {space: kept_part(f"{space} {budgets}", in_space, space, budgets, words) for space, budgets in SPACE_BUDGETS.items()}
+    tiles, names = [test.pictures(slice(0, 8)), test_cards()], ["real"] * 8 + ["cards"] * 4
+    minutes = {kind: round(sum(part.pop(kind) for part in [*squeezes, *made.values()]), 1) for kind in ("minutes", "cpu_minutes")}
+    for space, part in made.items():
+        for name, pictures in part.pop("tiles").items():
+            tiles.append(pictures)
+            names += [f"{space}: {name}"] * len(pictures)
+    for path in (HERE.parent / "runs" / "parts").glob("*.pt"):
+        path.unlink()
+    return minutes | {
+        "captions": 128,
+        "drawing_steps": 20,
+        "guidance": 3.0,
+        "pictures_of_training": len(data),
+        "batch": 32,
+        "common": 8,
+        "frechet_floor": round(floor, 4),
+        "prompts": test.captions[:8],
+        "stripes": [1, 2, 3, 4, 6, 8],
+        "names": names,
+        "spaces": made,
+    }, torch.cat(tiles)
+
+
+@probe("09/spaces")
+def counted_again(record):
+    """The operations of a training step in all spaces, the shipped autoencoder's, and the ceiling of f = 4."""
+    code, test = chapter_code("09"), of_one_thing("test")
+    models = {space: code["new_model"](space) for space in record["spaces"]}
+    counted = [code["unet_step_flops"](model) for model in models.values()]
+    with torch.no_grad():
+        x_hat = models["f = 4"].decode(models["f = 4"].encode(test.pictures(slice(0, 128))))
+    read, f4 = accuracy(x_hat, test.rows[:128])["all"], record["spaces"]["f = 4"]
+    return [*counted, code["shipped_tflop"](), read], [part["step_flops"] for part in record["spaces"].values()] + [
+        f4["squeeze_tflops"],
+        f4["ceiling"]["legible"],
+    ]
+
+
 # ---- chapter 10 ----
 
 

@@ -110,6 +110,27 @@ WRONG |= {
     "8.4": [(lambda d, t: torch.cdist(d.flatten(1), t.flatten(1)).argmax(dim=1), "farthest"), (lambda d, t: (d.flatten(1) @ t.flatten(1).T).argmax(dim=1), "others"),
             (lambda d, t: torch.cdist(d.flatten(1), t.flatten(1)), "shape")],
 }
+RIGHT |= {
+    "9.1": [(12, 64, 4096), [12.0, 8**2, 8**4]],
+    "9.2": [lambda c_in, c_out, k, side, stride=1: 2 * k * k * c_in * c_out * (side // stride) ** 2],
+    "9.3": [lambda s, text, unet, decoder, guided=True: math.ceil(s / (1 - s) * (text + decoder) / (unet * (1 + guided))),
+            lambda s, text, unet, decoder, guided=True: next(n for n in range(1, 999) if n * unet * (1 + guided) >= s * (n * unet * (1 + guided) + text + decoder))],
+    "9.4": [(lambda s, r: (1 - s) * r**2 + s * r**4, lambda m, r: (m / r**2 - 1) / (r**2 - 1)), (lambda s, r: r**2 * (1 + s * (r**2 - 1)), lambda m, r: (m - r**2) / (r**4 - r**2))],
+    "9.5": [lambda once, latent, pixel, fewer=1.0: once / (pixel - fewer * latent) if pixel > fewer * latent else math.inf],
+}
+WRONG |= {
+    "9.1": [((48, 64, 4096), "16 numbers"), ((12, 64), "three"), ((1 / 12, 1 / 64, 1 / 4096), "turned over"), ((48, 64, 64), "numbers: 3 x"), ((12, 8, 64), "positions:"), ((12, 64, 128), "squared")],
+    "9.2": [(lambda c_in, c_out, k, side, stride=1: k * k * c_in * c_out * (side // stride) ** 2, "addition"), (lambda c_in, c_out, k, side, stride=1: 2 * k * c_in * c_out * side**2, "k x k"),
+            (lambda c_in, c_out, k, side, stride=1: 2 * k * k * c_in * c_out * side**2, "half the side"), (lambda c_in, c_out, k, side, stride=1: 2 * k * k * c_in * c_out * side**2 / stride, "both sides"),
+            (lambda c_in, c_out, k, side, stride=1: 2 * k * k * c_in * side**2, "PyTorch counts")],
+    "9.3": [(lambda s, text, unet, decoder, guided=True: math.ceil(s / (1 - s) * (text + decoder) / unet), "makes two"), (lambda s, text, unet, decoder, guided=True: s / (1 - s) * (text + decoder) / (unet * (1 + guided)), "whole number"),
+            (lambda s, text, unet, decoder, guided=True: math.ceil(s * (text + decoder) / (unet * (1 + guided))), "whole work"), (lambda s, text, unet, decoder, guided=True: 50, "it is")],
+    "9.4": [((lambda s, r: (1 - s) * r + s * r**2, None), "sides"), ((lambda s, r: s * r**2 + (1 - s) * r**4, None), "turned over"), ((lambda s, r: r**2, None), "grows like"),
+            ((lambda s, r: (1 - s) * r**2 + s * r**4, lambda m, r: (m - r**2) / (r**4 - r**2) * r**4 / m), "large map"), ((lambda s, r: (1 - s) * r**2 + s * r**4, lambda m, r: m / r**4), "turned round")],
+    "9.5": [(lambda once, latent, pixel, fewer=1.0: once / (pixel - latent), "left out"), (lambda once, latent, pixel, fewer=1.0: fewer * once / (pixel - fewer * latent), "of the latent run"),
+            (lambda once, latent, pixel, fewer=1.0: once / pixel, "own steps"), (lambda once, latent, pixel, fewer=1.0: once, "both costs equal"),
+            (lambda once, latent, pixel, fewer=1.0: once / (pixel - fewer * latent) if pixel != fewer * latent else -1, "never pays")],
+}
 
 
 def leap(z, x_hat, a, b):
