@@ -1000,7 +1000,8 @@ def squeeze_further(model, data, steps: int, see):
     for step in range(steps):
         batch = z[torch.randint(len(z), (stage.batch,))]
         loss = (net.up(net.down(batch)) - batch).square().mean()
-        trainee.step(loss, step)
+        trainee.backward(loss)
+        trainee.step(step)
         losses.append(loss.item())
     trainee.done()
     one = code["flops"](inner, lambda: net.up(net.down(z[:1])).sum().backward())
