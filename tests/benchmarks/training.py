@@ -91,6 +91,7 @@ def compare_stages(config, options, rate):
             seconds = (finished(options.device) - begun) / options.steps
             print(f"{how:9}{name:12} batch {stage.batch:4}: {stage.batch / seconds:9.1f} pictures a second, {flops[name] / 1e9 / stage.batch:7.3f} GFLOP a picture, "
                   f"{flops[name] / seconds / rate:.0%} of the measured matrix rate", flush=True)
+    return {name: value / getattr(config, f"{name}_stage").batch for name, value in flops.items()}
 
 
 def compare_denoisers(config, options):
@@ -123,14 +124,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["shapes", "emoji"], default="shapes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batch", type=int, help="of every stage, for a rehearsal (default: each its own)")
     parser.add_argument("--steps", type=int, default=10, help="timed, of each stage")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     config, dtype = NAMED_SIZES[options.size], torch.bfloat16 if options.device == "cuda" else torch.float32
+    for stage in ("clip_stage", "autoencoder_stage", "denoiser_stage") if options.batch else ():
+        config = dataclasses.replace(config, **{stage: dataclasses.replace(getattr(config, stage), batch=options.batch)})
     rate = matrix_rate(options.device, dtype)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} thread(s) of a CPU"
     print(f"torch {torch.__version__}, {name}, size {config.name}, matrix rate {rate / 1e12:.3g} TFLOP/s in {str(dtype).split('.')[1]}")
-    compare_stages(config, options, rate)
+    whole = NAMED_SIZES[options.size]
+    flops = compare_stages(config, options, rate)
+    stages_of = {"clip": (whole.clip_stage, 2), "autoencoder": (whole.autoencoder_stage, 1), "denoiser": (whole.denoiser_stage, 1)}  # CLIP and its judge
+    work = {name: times * stage.steps * stage.batch * flops[name] for name, (stage, times) in stages_of.items()}
+    print("the whole recipe:", ", ".join(f"{name} {value / 1e15:.2f}" for name, value in work.items()), f"= {sum(work.values()) / 1e15:.2f} PFLOP", flush=True)
     compare_denoisers(config, options)
 
 
