@@ -1049,7 +1049,7 @@ def _my_share(accelerator: Accelerator, stage: Stage, count: int) -> list[slice]
     # The parts of the global batch, out of `count` pictures, that this process computes, one after the other.
     share, rest = divmod(stage.batch, accelerator.num_processes * stage.parts)
     if rest or stage.batch > count:
-        raise ValueError(f"batch is {stage.batch}; allowed are multiples of {accelerator.num_processes} x {stage.parts}, up to the {count} pictures")
+        raise ValueError(f"batch is {stage.batch}; allowed are multiples of {accelerator.num_processes * stage.parts} (processes x parts), up to the {count} pictures")
     first = accelerator.process_index * stage.parts
     return [slice(i * share, (i + 1) * share) for i in range(first, first + stage.parts)]
 
@@ -1113,12 +1113,12 @@ def train_autoencoder(model: LatentDiffusion, data: CaptionedImages, stage: Stag
             loss, parts = autoencoder_loss(x, x_hat, posterior, perceptual, adversary, model.autoencoder.decoder[-1].weight, **weights)
             trainee.backward(loss)
             kept.append(parts)
-            judged.append(torch.cat([x, x_hat.detach()]))
+            judged.append((x, x_hat.detach()))
         trainee.step(step)
         if adversary is not None:
             critic.module.requires_grad_(True)
-            for parts, pictures in zip(kept, judged):
-                parts["discriminator"] = discriminator_loss(*critic.net(pictures).chunk(2))
+            for parts, pair in zip(kept, judged):
+                parts["discriminator"] = discriminator_loss(*critic.net(torch.cat(pair)).chunk(2))
                 critic.backward(parts["discriminator"])
             critic.step(step)
         yield step + 1, _mean(kept)

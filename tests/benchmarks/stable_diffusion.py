@@ -16,7 +16,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import time
 import weakref
 
 import diffusers
@@ -30,6 +29,7 @@ TESTS = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 import reference  # noqa: E402
+from training import matrix_rate  # noqa: E402
 from unet import LAYOUTS, interleaved, report  # noqa: E402
 
 from ldm_minimal import SD1, Attention, LatentDiffusion, Tokenizer  # noqa: E402
@@ -39,8 +39,8 @@ GUIDANCE, PROMPT = 7.5, "a photograph of an astronaut riding a horse"
 
 def config_of(options):
     """Stable Diffusion 1, or, for a rehearsal, the same plan at another width and picture size."""
-    wide = lambda config, share: dataclasses.replace(config, width=max(32, config.width * options.width // 320))  # noqa: E731, ARG005
-    return dataclasses.replace(SD1, image_size=options.side, unet=wide(SD1.unet, 1), autoencoder=wide(SD1.autoencoder, 1))
+    wide = lambda config: dataclasses.replace(config, width=max(32, config.width * options.width // 320))  # noqa: E731
+    return dataclasses.replace(SD1, image_size=options.side, unet=wide(SD1.unet), autoencoder=wide(SD1.autoencoder))
 
 
 def our_model(options):
@@ -60,7 +60,7 @@ def their_parts(model, layout):
                                (reference.text_encoder, config.text, model.text_encoder)):
         with torch.device("meta"):
             theirs = build(sizes)
-        theirs.to_empty(device=model.device).to(ours.state_dict()[next(iter(ours.state_dict()))].dtype)
+        theirs.to_empty(device=model.device).to(next(ours.parameters()).dtype)
         theirs.load_state_dict(reference.translate(ours.state_dict(), ours, theirs), strict=False)
         for name, buffer in theirs.named_buffers():
             if name.endswith("position_ids"):
@@ -126,19 +126,6 @@ def compare_pass(options):
     report(f"U-Net, one guided pass of {options.batch} at {options.side} x {options.side}", *interleaved(runs, options.repeats))
 
 
-def matrix_rate(dtype, n=8192):
-    """What the card does at its best: FLOP/s of a large matrix product, the median of 20."""
-    a, b = torch.randn(2, n, n, device="cuda", dtype=dtype)
-    times = []
-    for _ in range(25):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        a @ b
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / sorted(times[5:])[10]
-
-
 def picture_flops(options):
     """Of one picture, counted on the meta device with attention in its plain form, which the counter sees."""
     with torch.device("meta"):
@@ -159,7 +146,7 @@ def compare_pictures(options):
     """Whole pictures, eager and compiled."""
     model, cuda = our_model(options), options.device == "cuda"
     flops = options.batch * picture_flops(options)
-    rate = matrix_rate(options.dtype) if cuda else None
+    rate = matrix_rate(options.device, options.dtype) if cuda else None
     for how in ("eager", "compiled"):
         if how == "compiled":
             model.unet.compile(**compiling(options))
