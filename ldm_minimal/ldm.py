@@ -147,8 +147,7 @@ class Attention(nn.Module):
     prompt. Returns (B, N, width). The fused kernel is the default. Set `keep_weights` and each call leaves its weights,
     (B, heads, N, M), in `weights`: slower, for looking at. Raises ValueError where `heads` does not divide `width`."""
 
-    def __init__(self, width: int, context_width: int | None = None, heads: int = 8, bias: bool = False,
-                 causal: bool = False):
+    def __init__(self, width: int, context_width: int | None = None, heads: int = 8, bias: bool = False, causal: bool = False):
         super().__init__()
         if width % heads:
             raise ValueError(f"heads is {heads}; it must divide width, {width}")
@@ -411,8 +410,7 @@ class CaptionedImages:
         folder = pathlib.Path(folder)
         metadata = folder / "metadata.jsonl"
         if not metadata.is_file():
-            raise FileNotFoundError(f"no captions: {metadata} does not exist; it holds one "
-                                    '{"file_name": ..., "text": ...} line for each picture')
+            raise FileNotFoundError(f'no captions: {metadata} does not exist; it holds one {{"file_name": ..., "text": ...}} line for each picture')
         lines = metadata.read_bytes().decode("utf-8-sig", errors="replace").split("\n")
         self.rows = [self.parse(line, f"{metadata}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
         if not self.rows:
@@ -479,8 +477,7 @@ class Tokenizer:
         clean = tokenizers.normalizers
         engine.normalizer = clean.Sequence([clean.NFC(), clean.Replace(tokenizers.Regex(r"\s+"), " "), clean.Lowercase()])
         cut = tokenizers.pre_tokenizers
-        engine.pre_tokenizer = cut.Sequence([cut.Split(tokenizers.Regex(cls.WORDS), "removed", invert=True),
-                                             cut.ByteLevel(add_prefix_space=False, use_regex=False)])
+        engine.pre_tokenizer = cut.Sequence([cut.Split(tokenizers.Regex(cls.WORDS), "removed", invert=True), cut.ByteLevel(add_prefix_space=False, use_regex=False)])
         return engine
 
     @classmethod
@@ -623,10 +620,10 @@ class CLIP(nn.Module):
         super().__init__()
         self.tokenizer, self.text_encoder, self.image_encoder = tokenizer, text_encoder, image_encoder
 
-    def save(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json, tokenizer.json and model.safetensors (in `dtype`) into `folder`, whole or not at all."""
+    def save(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32, shard: float = math.inf) -> None:
+        """As `LatentDiffusion.save`."""
         towers = {"text": self.text_encoder.config, "image": self.image_encoder.config}
-        _save_model(self, {name: dataclasses.asdict(config) for name, config in towers.items()}, folder, dtype)
+        _save_model(self, {name: dataclasses.asdict(config) for name, config in towers.items()}, folder, dtype, shard)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> CLIP:
@@ -920,9 +917,9 @@ class LatentDiffusion(nn.Module):
             pass
         return self.decode(z)
 
-    def save(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json, tokenizer.json and model.safetensors (in `dtype`) into `folder`, whole or not at all."""
-        _save_model(self, dataclasses.asdict(self.config), folder, dtype)
+    def save(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32, shard: float = math.inf) -> None:
+        """Write config.json, tokenizer.json and model.safetensors into `folder`, whole or not at all; weights in `dtype`, at most `shard` bytes a file."""
+        _save_model(self, dataclasses.asdict(self.config), folder, dtype, shard)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> LatentDiffusion:
@@ -930,13 +927,19 @@ class LatentDiffusion(nn.Module):
         return _load_model(lambda config: cls(Config.from_dict(config)), folder)
 
 
-def _save_model(model: CLIP | LatentDiffusion, config: dict, folder: str | os.PathLike, dtype: torch.dtype) -> None:
+def _save_model(model: CLIP | LatentDiffusion, config: dict, folder: str | os.PathLike, dtype: torch.dtype, shard: float) -> None:
     with _whole_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if model.tokenizer:
             model.tokenizer.save(partial / "tokenizer.json")
-        state = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
-        safetensors.torch.save_file(state, partial / "model.safetensors")
+        shards, room = [], 0.0
+        for name, value in model.state_dict().items():
+            value = value.to(dtype).contiguous()
+            if not shards or value.nbytes > room:
+                shards, room = shards + [{}], shard
+            shards[-1][name], room = value, room - value.nbytes
+        for i, weights in enumerate(shards):
+            safetensors.torch.save_file(weights, partial / f"model{f'-{i}' * (i > 0)}.safetensors")
 
 
 def _load_model(build: Callable[[dict], nn.Module], folder: str | os.PathLike) -> nn.Module:
@@ -949,7 +952,7 @@ def _load_model(build: Callable[[dict], nn.Module], folder: str | os.PathLike) -
         model = build(json.loads((folder / "config.json").read_text()))
         if (folder / "tokenizer.json").is_file():
             model.tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        model.load_state_dict({k: v for file in folder.glob("model*.safetensors") for k, v in safetensors.torch.load_file(file).items()})
     except Exception as error:  # whatever is wrong in there, it is no model of ours
         raise ValueError(f"{folder} is not a whole model of ours: {' '.join(str(error).split())[:300]}") from None
     return model.eval()
@@ -1219,8 +1222,7 @@ class Config:
 
 SHAPES = Config(
     name="shapes", image_size=32,
-    text=TextConfig(vocab_size=768, width=96, layers=2, heads=4),
-    image=ImageConfig(width=16, mult=(1, 2, 4), groups=8),
+    text=TextConfig(vocab_size=768, width=96, layers=2, heads=4), image=ImageConfig(width=16, mult=(1, 2, 4), groups=8),
     autoencoder=AutoencoderConfig(width=16, mult=(1, 2, 4), blocks=1, channels=4, groups=4),
     unet=UNetConfig(channels=4, width=64, mult=(1, 1), blocks=1, attention=(0, 1), heads=4, context_width=96, groups=4),
     clip_stage=Stage(steps=400, batch=128, learning_rate=2e-3),
@@ -1231,8 +1233,7 @@ SHAPES = Config(
 
 EMOJI = Config(
     name="emoji", image_size=128,
-    text=TextConfig(vocab_size=2048, width=192, layers=2, heads=6),
-    image=ImageConfig(width=24, mult=(1, 2, 4, 6), groups=8),
+    text=TextConfig(vocab_size=2048, width=192, layers=2, heads=6), image=ImageConfig(width=24, mult=(1, 2, 4, 6), groups=8),
     autoencoder=AutoencoderConfig(width=32, mult=(1, 2, 3, 4), blocks=1, channels=4, groups=8),
     unet=UNetConfig(channels=4, width=64, mult=(1, 2), blocks=2, attention=(0, 1), heads=4, context_width=192, groups=8),
     clip_stage=Stage(steps=1500, batch=512, learning_rate=1e-3),

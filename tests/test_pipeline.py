@@ -105,6 +105,23 @@ def test_half_precision_halves_the_file_and_hardly_moves_a_weight(tiny, tmp_path
     torch.testing.assert_close(again.unet.conv_in.weight, tiny.unet.conv_in.weight, atol=1e-3, rtol=1e-3)
 
 
+def test_large_weights_go_into_several_files_none_too_large(tiny, tmp_path):
+    """So can a model be kept where files must be small; one file missing is one model missing."""
+    limit = 20_000
+    tiny.save(tmp_path / "model")  # the loader must not take a former save's files for the new one's
+    tiny.save(tmp_path / "model", shard=limit)
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    contents = [ldm_minimal.ldm.safetensors.torch.load_file(file) for file in files]
+    sizes = [sum(value.nbytes for value in content.values()) for content in contents]
+    assert len(files) > 3 and all(size <= limit or len(content) == 1 for size, content in zip(sizes, contents))
+    assert sum(map(len, contents)) == len(tiny.state_dict()), "a tensor is in two files, or in none"
+    again = LatentDiffusion.load(tmp_path / "model")
+    assert all(torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), again.state_dict().values()))
+    files[1].unlink()
+    with pytest.raises(ValueError, match="not a whole model"):
+        LatentDiffusion.load(tmp_path / "model")
+
+
 def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(tiny, tmp_path, monkeypatch):
     tiny.save(tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
