@@ -1,13 +1,15 @@
-"""Stable Diffusion 1, ours beside `diffusers`, with the same random weights: ratios from one interleaved run.
+"""Drawing with Stable Diffusion 1 or with size emoji, ours beside `diffusers`, with the same random weights: ratios from one interleaved run.
 
-    python tests/benchmarks/stable_diffusion.py                     # CPU: one guided pass of the full-size U-Net (13 GB, 10 minutes)
-    python tests/benchmarks/stable_diffusion.py --device cuda       # whole pictures: 512 x 512, 50 guided steps, bf16, eager and compiled
-    python tests/benchmarks/stable_diffusion.py --device cuda --batch 16
-    python tests/benchmarks/stable_diffusion.py --needs             # peak memory of drawing in fp16, for small cards
+    python tests/benchmarks/sampling.py                             # CPU: one guided pass of the full-size U-Net (13 GB, 10 minutes)
+    python tests/benchmarks/sampling.py --device cuda               # whole pictures: 512 x 512, 50 guided steps, bf16, eager and compiled
+    python tests/benchmarks/sampling.py --device cuda --batch 16
+    python tests/benchmarks/sampling.py --size emoji --pictures     # CPU: whole pictures of 128 x 128, eager
+    python tests/benchmarks/sampling.py --size emoji --device cuda --batch 64
+    python tests/benchmarks/sampling.py --needs                     # peak memory of drawing in fp16, for small cards
 
 Theirs is taken in the faster of its two memory layouts, eager against eager and compiled against compiled. On a GPU the last line
 of each gives the picture's seconds, its peak memory, and its share of the card's matrix rate, which is measured beforehand.
---pictures --width 32 --side 64 --steps 2 --repeats 1 rehearses the whole path on a CPU.
+--pictures --width 32 --side 64 --steps 2 --repeats 1 rehearses the whole path of Stable Diffusion on a CPU; --compiled adds the tracing.
 """
 
 import argparse
@@ -32,13 +34,15 @@ import reference  # noqa: E402
 from training import matrix_rate  # noqa: E402
 from unet import LAYOUTS, interleaved, report  # noqa: E402
 
-from ldm_minimal import SD1, Attention, LatentDiffusion, Tokenizer  # noqa: E402
+from ldm_minimal import EMOJI, SD1, Attention, LatentDiffusion, Tokenizer  # noqa: E402
 
 GUIDANCE, PROMPT = 7.5, "a photograph of an astronaut riding a horse"
 
 
 def config_of(options):
-    """Stable Diffusion 1, or, for a rehearsal, the same plan at another width and picture size."""
+    """Stable Diffusion 1, or, for a rehearsal, the same plan at another width and picture size; or size emoji, with its walk and scale."""
+    if options.size == "emoji":
+        return dataclasses.replace(EMOJI, image_size=options.side, spacing=SD1.spacing, scale_factor=SD1.scale_factor)
     wide = lambda config: dataclasses.replace(config, width=max(32, config.width * options.width // 320))  # noqa: E731
     return dataclasses.replace(SD1, image_size=options.side, unet=wide(SD1.unet), autoencoder=wide(SD1.autoencoder))
 
@@ -103,7 +107,7 @@ def their_picture(model, layout, options, compile_it=False):
         for t in scheduler.timesteps:
             eps_empty, eps_text = forward(torch.cat([z] * 2).contiguous(memory_format=layout), t.to(z.device), context).sample.chunk(2)
             z = scheduler.step(eps_empty + GUIDANCE * (eps_text - eps_empty), t, z).prev_sample
-        return vae.decode((z / 0.18215).contiguous(memory_format=layout)).sample.clamp(-1, 1)
+        return vae.decode((z / SD1.scale_factor).contiguous(memory_format=layout)).sample.clamp(-1, 1)
     return run
 
 
@@ -111,9 +115,10 @@ def their_picture(model, layout, options, compile_it=False):
 def compare_pass(options):
     """One guided evaluation, two latents: what a step costs."""
     model, side = our_model(options), options.side // 8
+    width = model.config.unet.context_width
     random = torch.Generator().manual_seed(0)
     z, t = torch.randn(2 * options.batch, 4, side, side, generator=random).to(options.device, options.dtype), torch.tensor(981, device=options.device)
-    context = torch.randn(2 * options.batch, 77, SD1.unet.context_width, generator=random).to(z)
+    context = torch.randn(2 * options.batch, 77, width, generator=random).to(z)
     prepared, times = model.unet.prepare(context), t.expand(2 * options.batch)
     runs = {"ours": lambda: model.unet(z, times, prepared)}
     for name, layout in LAYOUTS.items():
@@ -130,7 +135,7 @@ def picture_flops(options):
     """Of one picture, counted on the meta device with attention in its plain form, which the counter sees."""
     with torch.device("meta"):
         model = LatentDiffusion(config_of(options))
-        z, context = torch.empty(1, 4, options.side // 8, options.side // 8), torch.empty(1, 77, SD1.unet.context_width)
+        z, context = torch.empty(1, 4, options.side // 8, options.side // 8), torch.empty(1, 77, model.config.unet.context_width)
         for module in model.modules():
             if isinstance(module, Attention):
                 module.keep_weights = True
@@ -147,7 +152,7 @@ def compare_pictures(options):
     model, cuda = our_model(options), options.device == "cuda"
     flops = options.batch * picture_flops(options)
     rate = matrix_rate(options.device, options.dtype) if cuda else None
-    for how in ("eager", "compiled"):
+    for how in ("eager", "compiled") if cuda or options.compiled else ("eager",):
         if how == "compiled":
             model.unet.compile(**compiling(options))
         runs = {"ours": our_picture(model, options)} | {name: their_picture(model, layout, options, how == "compiled") for name, layout in LAYOUTS.items()}
@@ -241,21 +246,24 @@ def table_of_needs():
 def main():
     diffusers.utils.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["sd1", "emoji"], default="sd1")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", help="float32 on the CPU, bfloat16 on a GPU by default")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--side", type=int, default=512, help="of the picture, in pixels")
-    parser.add_argument("--width", type=int, default=320, help="of the U-Net; 320 is Stable Diffusion")
+    parser.add_argument("--side", type=int, help="of the picture, in pixels (default 512, emoji 128)")
+    parser.add_argument("--width", type=int, default=320, help="of Stable Diffusion's U-Net, which has 320")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--pictures", action="store_true", help="whole pictures on the CPU, too: a rehearsal")
+    parser.add_argument("--compiled", action="store_true", help="trace them there, too")
     parser.add_argument("--needs", nargs="?", const="table", choices=["table", "step", "decode"])
     options = parser.parse_args()
+    options.side = options.side or (EMOJI if options.size == "emoji" else SD1).image_size
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
     if options.needs:
         return table_of_needs() if options.needs == "table" else measure_need(options.needs)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} thread(s) of a CPU"
-    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {name}, {options.repeats} repeats")
+    print(f"size {options.size}, torch {torch.__version__}, diffusers {diffusers.__version__}, {name}, {options.repeats} repeats")
     compare_pass(options)
     if options.device == "cuda" or options.pictures:
         compare_pictures(options)
