@@ -10,6 +10,7 @@ import io
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -184,6 +185,18 @@ def result(name: str) -> dict:
 
 # ---- exercises -------------------------------------------------------------------------------------------------------
 
+def cause(error: Exception) -> str:
+    """What went wrong: a line of the reader's own code, or an answer that the check cannot use."""
+    ours = (str(HERE / "book.py"), str(HERE / "checks.py"), sys.prefix, sys.base_prefix, "<frozen")
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    raised = f"{type(error).__name__}: {error}"
+    if own:
+        return f"it raised {raised}" + (f", in the line `{own[-1].line.strip()}`" if own[-1].line else "")
+    if "NoneType" in str(error):
+        return f"it gave None; is a `return` missing? (raised {raised})"
+    return f"the answer is not of the kind that is asked for (raised {raised})"
+
+
 def check(number: str, answer: Callable | object) -> None:
     """Print what `answer` (a function, or a value; ... for none) is to exercise `number`: not attempted, not yet, or correct."""
     from checks import CHECKS
@@ -195,6 +208,6 @@ def check(number: str, answer: Callable | object) -> None:
     except NotImplementedError:
         print(f"exercise {number}: not attempted")
     except Exception as error:  # whatever a reader's own code may raise
-        print(f"exercise {number}: not yet: it raised {type(error).__name__}: {error}")
+        print(f"exercise {number}: not yet: {cause(error)}")
     else:
         print(f"exercise {number}: not yet: {complaint}" if complaint else f"exercise {number}: correct")

@@ -475,7 +475,12 @@ def away_from(answer):
     z, t, asked, negative = guidance_inputs()
     calls, w, unet = [], 4.0, pretended_unet([])
     a, n = unet(z, t, asked), unet(z, t, negative)
-    got = torch.as_tensor(answer(pretended_unet(calls), z, t, asked, negative, w))
+    try:
+        got = torch.as_tensor(answer(pretended_unet(calls), z, t, asked, negative, w))
+    except RuntimeError as error:
+        if "size" not in str(error):
+            raise
+        return f"sizes do not agree ({error}): z_t and t go in twice, too, one copy for each half of the context"
     if got.shape != z.shape:
         return f"the shape is {tuple(got.shape)}; it must be {tuple(z.shape)}, that of z_t"
     if not far(got, a + w * (n - a)):
@@ -490,11 +495,16 @@ def away_from(answer):
 @exercise("6.3")
 def sharpened_gaussian(answer):
     for m, s, S, w in ((1.0, 0.5, 1.5, 3.0), (-0.4, 0.8, 1.0, 2.0), (2.0, 1.0, 3.0, 1.0)):
-        mean, variance = (float(v) for v in answer(m, s, S, w))
+        got = answer(m, s, S, w)
+        if isinstance(got, (int, float)):
+            return "one number came; two are asked for, (mean, variance)"
+        mean, variance = (float(v) for v in got)
         precision = w / s**2 + (1 - w) / S**2
         right = w * m / s**2 / precision, 1 / precision
         if not (far(mean, right[0]) or far(variance, right[1])):
             continue
+        if not far([variance, mean], right):
+            return "the mean first, then the variance"
         if not far(variance, right[1] ** 0.5):
             return "that is the standard deviation; the variance is asked for"
         if not far(variance, precision):
@@ -502,7 +512,7 @@ def sharpened_gaussian(answer):
         if w > 1 and not far(variance, s**2 / w):
             return "that is p(x|y)^w alone; p(x)^(1 - w) is a Gaussian too, with a negative share of 1 / variance"
         if far(variance, right[1]):
-            return f"for m = {m}, s = {s}, S = {S}, w = {w} the variance is another: add up what stands before x^2 in the exponents"
+            return f"for m = {m}, s = {s}, S = {S}, w = {w} the variance is another: add up what stands before -x^2 / 2 in the exponents"
         return f"for m = {m}, s = {s}, S = {S}, w = {w} the variance is right and the mean is not: it is where the exponent's slope is 0"
     return None
 
@@ -516,6 +526,8 @@ def two_captions(answer):
             return "the second caption changes the empty guess too: subtract the empty guess from both"
         if not far(got, nothing + w * ((first + second) / 2 - nothing)):
             return "that is the mean of two guided guesses; by Bayes each caption pulls with its whole weight"
+        if not far(got, 2 * nothing + w * (first + second - 2 * nothing)):
+            return "that is the sum of two guided guesses; p(x), the empty guess, stands there once"
         if far(got, nothing + w * (first - nothing) + w * (second - nothing)):
             return "write p(x | y1, y2) as p(x) p(y1 | x) p(y2 | x) up to a factor, and take the last two w times"
     return None
@@ -526,9 +538,16 @@ def in_an_interval(answer):
     z, t, asked, empty = guidance_inputs()
     unet, w, context = pretended_unet([]), 5.0, torch.cat([empty, asked])
     a, n = unet(z, t, asked), unet(z, t, empty)
-    inside = ((t >= 300) & (t <= 700)).view(-1, 1, 1, 1)
-    got = torch.as_tensor(answer(unet, z, t, context, w, 300, 700))
-    full = n + w * (a - n)
+    inside, full = ((t >= 300) & (t <= 700)).view(-1, 1, 1, 1), n + w * (a - n)
+    try:
+        got = torch.as_tensor(answer(unet, z, t, context, w, 300, 700))
+        bounds = torch.as_tensor(answer(unet, z, t, context, w, 20, 500))
+    except RuntimeError as error:
+        if "Boolean value" in str(error):
+            return "t holds a time for each row, so one `if` cannot decide: torch.where chooses row by row"
+        if "size" not in str(error):
+            raise
+        return f"sizes do not agree ({error}): z_t and t go in twice, and a weight for each row has the shape (B, 1, 1, 1)"
     if got.shape != z.shape:
         return f"the shape is {tuple(got.shape)}; it must be {tuple(z.shape)}, that of z_t"
     if not far(got, torch.where(inside, full, n)):
@@ -537,9 +556,9 @@ def in_an_interval(answer):
         return "turned over: guided inside of the interval, plain outside"
     if not far(got, full) or not far(got, a):
         return "all rows came out alike; each row has its own t"
-    return (
-        None if not far(got, torch.where(inside, full, a)) else "w where low <= t <= high, 1 elsewhere, row by row, in the formula of 6.1"
-    )
+    if far(got, torch.where(inside, full, a)):
+        return "w where low <= t <= high, 1 elsewhere, row by row, in the formula of 6.1"
+    return "low and high belong to the interval: low <= t <= high" if far(bounds[1:], full[1:]) else None
 
 
 # ---- chapter 7: DDIM -------------------------------------------------------------------------------------------------
@@ -709,9 +728,11 @@ def nearest(answer):
 
 @exercise("9.1")
 def fewer(answer):
-    got = [float(value) for value in answer]
+    got = [float(value) for value in (answer if isinstance(answer, (tuple, list, torch.Tensor)) else [answer])]
     if len(got) != 3:
-        return f"{len(got)} numbers; three are asked for: scalars, positions, pairs"
+        return f"{len(got)} number{'s' * (len(got) > 1)}; three are asked for, how many times fewer: scalars, positions, pairs"
+    if not far(got, [16 * 128**2, 128**2, 128**4]):
+        return "those are the latent's; asked for is how many times more the picture has"
     if got == [48.0, 64.0, 4096.0]:
         return "that is Stable Diffusion 1; here a position holds 16 numbers"
     if not far(got, [1 / 12, 1 / 64, 1 / 4096]):
@@ -759,6 +780,10 @@ def steps_for(answer):
             continue
         if guided and got == ceil(evaluations):
             return "those are evaluations; a guided step makes two"
+        if not guided and got == ceil(evaluations / 2):
+            return "without guidance a step is one evaluation"
+        if text and got == ceil(evaluations * decoder / (text + decoder) / (2 if guided else 1)):
+            return "the text's work counts, too"
         if not far(got, evaluations / (2 if guided else 1)) or got == right - 1:
             return "steps are whole: the first whole number at which the share is reached"
         if got == max(1, ceil(share * (text + decoder) / unet / (2 if guided else 1))):
@@ -780,7 +805,10 @@ def dearer(answer):
             return f"for s = {s}, r = {r} it is not {got:g}; one part grows like the positions, the other like their square"
     for s, r in ((0.1525, 8), (0.4, 2)):
         m = (1 - s) * r**2 + s * r**4
-        got = float(share_of_pairs(m, r))
+        try:
+            got = float(share_of_pairs(m, r))
+        except NotImplementedError:
+            return "times_dearer is right; share_of_pairs is still to be written"
         if not far(got, s * r**4 / m):
             return "that is the share on the large map; the share on the latent is asked for"
         if far(got, s, 1e-3):
@@ -792,6 +820,8 @@ def dearer(answer):
 def pays_from(answer):
     for once, latent, pixel, share in ((40.0, 1.0, 3.0, 1.0), (40.0, 1.0, 3.0, 0.5), (12.0, 2.0, 3.0, 0.25), (5.0, 1.0, 3.0, 2.0)):
         got, right = float(answer(once, latent, pixel, share)), once / (pixel - share * latent)
+        if share not in (1, latent / pixel) and not far(got, once / (share * pixel - latent)):
+            return "it is the latent run that sees fewer pictures: `fewer` belongs to its steps"
         if share != 1 and not far(got, once / (pixel - latent)):
             return "`fewer` is left out: the latent run sees only that share of the pictures"
         if share != 1 and not far(got, share * right):
@@ -800,7 +830,11 @@ def pays_from(answer):
             return "the latent run's own steps cost something too"
         if far(got, right):
             return f"for once = {once:g}, latent = {latent:g}, pixel = {pixel:g}, fewer = {share:g} it is not {got:g}; set both costs equal"
-    if float(answer(1.0, 2.0, 2.0, 1.0)) != float("inf") or float(answer(1.0, 1.0, 3.0, 4.0)) != float("inf"):
+    try:
+        never = float(answer(1.0, 2.0, 2.0, 1.0)), float(answer(1.0, 1.0, 3.0, 4.0))
+    except ZeroDivisionError:
+        never = ()
+    if never != (float("inf"), float("inf")):
         return "where the latent run costs as much a picture, or more, it never pays: infinity"
     return None
 

@@ -1,6 +1,7 @@
 """Remakes the small result files that the chapters read, from the chapters' own code and the library.
 
     python chapters/runs.py 02            # remake the results of chapter 2
+    python chapters/runs.py 09/paid       # only this one
     python chapters/runs.py --check       # is there a recipe for every file that a chapter reads, and a file for every recipe?
     python chapters/runs.py --execute 02  # run the notebooks of chapter 2, keep what they print and draw, and their seconds
     python chapters/runs.py --minutes     # the README's table of minutes, from the seconds that are kept
@@ -1155,6 +1156,49 @@ def counted_again(record):
     ]
 
 
+@recipe("09/paid")
+def tricks_that_pay(rounds: int = 15):
+    """Steps of training and whole drawings, with all tricks, without each, without any, and compiled, all in turns: seconds of every round.
+
+    On a CPU the processor's seconds of one thread; on a GPU the clock's. What another kind of machine has left in the file stays there."""
+    torch.set_num_threads(1)
+    code, device = chapter_code("09"), "cuda" if torch.cuda.is_available() else "cpu"
+    file, found = HERE / "runs" / "09" / "paid.json", {}
+    machines = json.loads(file.read_text())["machines"] if file.exists() else {}
+
+    def now():
+        if device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(call) -> dict:
+        """Seconds of each part of a training step, or of the whole of a drawing."""
+        laps, before = {}, now()
+        for part in call() or ["whole"]:
+            laps[part], before = now() - before, now()
+        return laps
+
+    for name, config, batch, count in (("shapes", code["SHAPES"], 64, 16), ("emoji", code["EMOJI"], 8, 2)):
+        if device == "cuda":
+            batch, count = config.denoiser_stage.batch, 64
+        for job, build, size, tricks in (("training", code["training_step"], batch, code["TRAINING_TRICKS"]), ("drawing", code["drawing"], count, code["DRAWING_TRICKS"])):
+            left_out = {"all": ()} | {trick: (trick,) for trick in tricks} | {"none": tricks}
+            calls = {way: build(config, size, without, device) for way, without in left_out.items()}
+            calls["compiled"] = build(config, size, device=device, compiled=True)
+            laps = {way: [] for way in calls}
+            for way in [*calls, *calls]:  # to warm up, and to compile
+                timed(calls[way])
+            for r in range(rounds):
+                for way in [*calls][r % len(calls) :] + [*calls][: r % len(calls)]:
+                    laps[way].append(timed(calls[way]))
+            seconds = {way: [round(sum(lap.values()), 4) for lap in values] for way, values in laps.items()}
+            parts = {way: {part: round(min(lap[part] for lap in laps[way]), 4) for part in laps[way][0]} for way in ("all", "none")}
+            found[f"{job}, {name}"] = {"pictures": size, "seconds": seconds, "parts": parts}
+            print(f"{job}, {name}:", {way: round(min(values) / min(seconds["all"]), 3) for way, values in seconds.items()}, flush=True)
+    return {"rounds": rounds, "machines": machines | {device: {"machine": machine(), "torch": torch.__version__, "jobs": found}}}, None
+
+
 # ---- chapter 10 ----
 
 
@@ -1250,12 +1294,12 @@ def guesses_changed(record):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("chapters", nargs="*", metavar="NN", help="chapters whose results to remake")
+    parser.add_argument("chapters", nargs="*", metavar="NN", help="chapters whose results to remake, or single results, NN/NAME")
     parser.add_argument("--check", action="store_true", help="only compare recipes and files")
     parser.add_argument("--execute", action="store_true", help="run the notebooks of these chapters instead, and keep their outputs")
     parser.add_argument("--minutes", action="store_true", help="print the table of minutes")
     options = parser.parse_args()
-    allowed = {path.name[:2] for path in HERE.glob("[0-9][0-9]_*.ipynb")} if options.execute else {name[:2] for name in RECIPES}
+    allowed = {path.name[:2] for path in HERE.glob("[0-9][0-9]_*.ipynb")} if options.execute else {name[:2] for name in RECIPES} | {*RECIPES}
     if not set(options.chapters) <= allowed or not (options.check or options.minutes or options.chapters):
         parser.exit(2, f"runs.py: name one of {', '.join(sorted(allowed))}, or --check or --minutes\n")
     if options.execute:
@@ -1263,7 +1307,7 @@ def main() -> None:
             execute(number)
     else:
         for name in RECIPES:
-            if name[:2] in options.chapters:
+            if {name, name[:2]} & {*options.chapters}:
                 make(name)
     if options.minutes:
         print(minutes())

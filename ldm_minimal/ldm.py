@@ -7,8 +7,7 @@ what to make of it; to draw, start from noise, denoise fifty times, and decode o
     stage 1   train_autoencoder   x -> z -> x, sharp though 12 to 48 x smaller -> autoencoder, scale factor
     stage 2   train_denoiser      z_t, t, caption -> the noise in z_t          -> U-Net
 
-One set of classes serves every size: with the configs of `SHAPES` they train on two CPU cores, with those of `SD1` they
-are Stable Diffusion 1.x, parameter for parameter.
+One set of classes serves every size: as `SHAPES` they train on two CPU cores, as `SD1` they are Stable Diffusion 1.x, parameter for parameter.
 
 Notation (section 14.12 of the book; a paper's own symbol is translated where the paper is cited)
 
@@ -143,9 +142,8 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(d)) V in `heads` heads, queries from x, keys and values from `context` (x itself if None).
 
-    x: (B, N, width); context: (B, M, context_width), or a dict {attention: (k, v)} as `UNet.prepare` makes once per
-    prompt. Returns (B, N, width). The fused kernel is the default. Set `keep_weights` and each call leaves its weights,
-    (B, heads, N, M), in `weights`: slower, for looking at. Raises ValueError where `heads` does not divide `width`."""
+    x: (B, N, width); context: (B, M, context_width), or a dict {attention: (k, v)} as `UNet.prepare` makes once per prompt. Returns (B, N, width).
+    Set `keep_weights` and each call leaves its weights, (B, heads, N, M), in `weights`: slower, for looking at. Raises ValueError unless `heads` divides `width`."""
 
     def __init__(self, width: int, context_width: int | None = None, heads: int = 8, bias: bool = False, causal: bool = False):
         super().__init__()
@@ -182,8 +180,7 @@ class Attention(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the caption, GEGLU feed-forward; each adds to its input. (B, C, H, W) -> same.
 
-    GEGLU (Shazeer 2020): value * gelu(gate), both linear in x. The projections at the ends are 1x1 convolutions in
-    Stable Diffusion; over positions laid out as rows a 1x1 convolution is a linear layer."""
+    GEGLU (Shazeer 2020): value * gelu(gate), both linear in x. The projections at the ends are Stable Diffusion's 1x1 convolutions, over rows."""
 
     def __init__(self, width: int, context_width: int, heads: int = 8, groups: int = 32):
         super().__init__()
@@ -315,7 +312,14 @@ class Autoencoder(nn.Module):
         return Gaussian(self.to_moments(self.encoder(x.to(self.from_latent.weight.dtype, memory_format=torch.channels_last))))
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(self.from_latent(z.to(self.from_latent.weight.dtype, memory_format=torch.channels_last)))
+        h = self.from_latent(z.to(self.from_latent.weight.dtype, memory_format=torch.channels_last))
+        for layer in list(self.decoder)[:-1]:
+            h = layer(h)
+        return self.last(h)
+
+    @torch.compiler.disable  # `adaptive_weight` asks for gradients at this layer alone; compiled with the rest, it would cost a whole way back
+    def last(self, h: Tensor) -> Tensor:
+        return self.decoder[-1](h)
 
     def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Gaussian]:
         posterior = self.encode(x)
@@ -325,8 +329,7 @@ class Autoencoder(nn.Module):
 class PatchDiscriminator(nn.Module):
     """Real or made, judged patch by patch (PatchGAN, Isola et al. 2017). (B, 3, H, W) -> logits (B, 1, about H/2^layers).
 
-    GroupNorm in place of BatchNorm, so that no picture's verdict depends on its neighbours in the batch. The convolutions
-    of 1, 2, 3 layers see patches of 16, 34, 70 pixels."""
+    GroupNorm in place of BatchNorm: no picture's verdict depends on its neighbours in the batch. 1, 2, 3 layers see patches of 16, 34, 70 pixels."""
 
     def __init__(self, width: int = 64, layers: int = 3, groups: int = 8):
         super().__init__()
@@ -365,8 +368,8 @@ class PerceptualLoss(nn.Module):
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_weight: Tensor) -> Tensor:
     """Esser et al. 2021, eq. 7: |grad reconstruction| / (|grad adversarial| + 1e-4, CompVis' value) at the last layer.
 
-    Both losses scalar and unscaled (before any GradScaler); the norms are taken in float32. Returns a scalar, detached,
-    in [0, 1e4]: multiplied by it, the adversary pulls on the decoder as hard as the reconstruction does."""
+    Both losses scalar and unscaled (before any GradScaler); norms in float32. Returns a scalar, detached, in [0, 1e4]: multiplied by it, the
+    adversary pulls on the decoder as hard as the reconstruction does."""
     norm = lambda loss: torch.autograd.grad(loss, last_weight, retain_graph=True)[0].float().norm()  # noqa: E731
     return (norm(reconstruction) / (norm(adversarial) + 1e-4)).clamp(0, 1e4).detach()
 
@@ -376,9 +379,8 @@ def autoencoder_loss(x: Tensor, x_hat: Tensor, posterior: Gaussian, perceptual: 
                      perceptual_weight: float = 1.0, adversarial_weight: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
     """L1 + perceptual + adversarial + a tiny KL (Rombach et al. app. G; Esser et al. eq. 5 to 7).
 
-    Reconstruction and KL are summed over a picture and averaged over the batch, as in CompVis' code; the perceptual
-    distance therefore counts once for every scalar of the picture. perceptual, adversary: None leaves the term out.
-    Returns the scalar to minimise and the parts: l1 per scalar, perceptual, kl per picture, adversarial, weight."""
+    Reconstruction and KL are summed over a picture and averaged over the batch, as in CompVis' code, so the perceptual distance counts once for every
+    scalar. None leaves a term out. Returns the scalar to minimise and the parts: l1 per scalar, perceptual, kl per picture, adversarial, weight."""
     l1 = (x - x_hat).abs()
     distance = perceptual(x, x_hat) if perceptual else x.new_zeros(len(x))
     reconstruction = (l1.sum(dim=(1, 2, 3)) + perceptual_weight * distance * x[0].numel()).mean()
@@ -402,9 +404,8 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 class CaptionedImages:
     """A folder of pictures with a `metadata.jsonl` of {"file_name": ..., "text": ...} lines (the imagefolder convention).
 
-    Pictures are cut to their middle square, resized to `size` and held in memory: `images` (N, 3, size, size) uint8,
-    `captions` list of N strings; `pictures(index)` gives x in [-1, 1]. Raises ValueError naming the file and line that
-    is wrong, FileNotFoundError where there is no metadata.jsonl."""
+    Pictures are cut to their middle square, resized to `size` and held in memory: `images` (N, 3, size, size) uint8, `captions` list of N strings.
+    Raises ValueError naming the file and line that is wrong, FileNotFoundError where there is no metadata.jsonl."""
 
     def __init__(self, folder: str | os.PathLike, size: int, progress: bool = False):
         folder = pathlib.Path(folder)
@@ -458,9 +459,8 @@ class CaptionedImages:
 class Tokenizer:
     """Captions to numbers as CLIP does it: lower case, byte pairs that end words with </w>, 77 tokens.
 
-    A caption is <|startoftext|>, its pairs, <|endoftext|>, and more <|endoftext|> up to `length` (as SD 1.x pads). The
-    vocabulary is 256 bytes, 256 bytes that end a word, one entry for each merge, then the two marks: any text has
-    tokens, none is unknown. vocab: {token: id}; merges: pairs, most frequent first."""
+    A caption is <|startoftext|>, its pairs, <|endoftext|>, and more <|endoftext|> up to `length` (as SD 1.x pads). The vocabulary is 256 bytes, 256
+    bytes that end a word, an entry for each merge, then the two marks: any text has tokens. vocab: {token: id}; merges: pairs, most frequent first."""
 
     START, END = "<|startoftext|>", "<|endoftext|>"
     WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

@@ -26,6 +26,10 @@ def drawn(model, prompt, z, guidance=5.0, batch=False):
     return model.decode(z) if batch else model.decode(z)[0]
 
 
+def not_written(*_):
+    raise NotImplementedError
+
+
 def slopes(loss, weight, keep=False):
     return torch.autograd.grad(loss, weight, retain_graph=True, create_graph=keep)[0].norm()
 
@@ -68,7 +72,8 @@ RIGHT |= {
 WRONG = {  # number: (answer, a word of the reply)
     "1.1": [(lambda b: (kept(b) / (1 - kept(b))).log10(), "bels"), (lambda b: 20 * (kept(b) / (1 - kept(b))).log10(), "20 log10"),
             (lambda b: 10 * ((1 - b) / b).log10(), "one step"), (lambda b: 10 * (kept(b) / (1 - kept(b))).log(), "base 10"),
-            (lambda b: 10 * ((1 - kept(b)) / kept(b)).log10(), "turn the ratio"), (lambda b: kept(b), "others"), (lambda b: None, "raised")],
+            (lambda b: 10 * ((1 - kept(b)) / kept(b)).log10(), "turn the ratio"), (lambda b: kept(b), "others"), (lambda b: None, "`return` missing"),
+            (lambda b: b.sqare(), "in the line `"), (lambda b: "ten", "kind that is asked for")],
     "1.2a": [(0.6, "square root"), (36.4, "per cent"), (0.5, "product"), (4e-5, "product")],
     "1.2b": [(0.2, "is left"), (0.02, "is left"), (0.15, "is left")],
     "1.3": [(lambda a: a - a[-1], "first"), (lambda a: (a - a[-1]) * a[0] / (a[0] - a[-1]), "square roots"), (lambda a: a, "must be 0"),
@@ -119,17 +124,21 @@ RIGHT |= {
     "9.5": [lambda once, latent, pixel, fewer=1.0: once / (pixel - fewer * latent) if pixel > fewer * latent else math.inf],
 }
 WRONG |= {
-    "9.1": [((48, 64, 4096), "16 numbers"), ((12, 64), "three"), ((1 / 12, 1 / 64, 1 / 4096), "turned over"), ((48, 64, 64), "numbers: 3 x"), ((12, 8, 64), "positions:"), ((12, 64, 128), "squared")],
+    "9.1": [((48, 64, 4096), "16 numbers"), ((12, 64), "three"), ((1 / 12, 1 / 64, 1 / 4096), "turned over"), ((48, 64, 64), "numbers: 3 x"), ((12, 8, 64), "positions:"), ((12, 64, 128), "squared"),
+            (12, "1 number; three"), ((16 * 128**2, 128**2, 128**4), "latent's")],
     "9.2": [(lambda c_in, c_out, k, side, stride=1: k * k * c_in * c_out * (side // stride) ** 2, "addition"), (lambda c_in, c_out, k, side, stride=1: 2 * k * c_in * c_out * side**2, "k x k"),
             (lambda c_in, c_out, k, side, stride=1: 2 * k * k * c_in * c_out * side**2, "half the side"), (lambda c_in, c_out, k, side, stride=1: 2 * k * k * c_in * c_out * side**2 / stride, "both sides"),
             (lambda c_in, c_out, k, side, stride=1: 2 * k * k * c_in * side**2, "PyTorch counts")],
     "9.3": [(lambda s, text, unet, decoder, guided=True: math.ceil(s / (1 - s) * (text + decoder) / unet), "makes two"), (lambda s, text, unet, decoder, guided=True: s / (1 - s) * (text + decoder) / (unet * (1 + guided)), "whole number"),
+            (lambda s, text, unet, decoder, guided=True: math.ceil(s / (1 - s) * (text + decoder) / (2 * unet)), "one evaluation"), (lambda s, text, unet, decoder, guided=True: math.ceil(s / (1 - s) * decoder / (unet * (1 + guided))), "text's work"),
             (lambda s, text, unet, decoder, guided=True: math.ceil(s * (text + decoder) / (unet * (1 + guided))), "whole work"), (lambda s, text, unet, decoder, guided=True: 50, "it is")],
     "9.4": [((lambda s, r: (1 - s) * r + s * r**2, None), "sides"), ((lambda s, r: s * r**2 + (1 - s) * r**4, None), "turned over"), ((lambda s, r: r**2, None), "grows like"),
-            ((lambda s, r: (1 - s) * r**2 + s * r**4, lambda m, r: (m - r**2) / (r**4 - r**2) * r**4 / m), "large map"), ((lambda s, r: (1 - s) * r**2 + s * r**4, lambda m, r: m / r**4), "turned round")],
+            ((lambda s, r: (1 - s) * r**2 + s * r**4, lambda m, r: (m - r**2) / (r**4 - r**2) * r**4 / m), "large map"), ((lambda s, r: (1 - s) * r**2 + s * r**4, lambda m, r: m / r**4), "turned round"),
+            ((lambda s, r: (1 - s) * r**2 + s * r**4, not_written), "still to be written")],
     "9.5": [(lambda once, latent, pixel, fewer=1.0: once / (pixel - latent), "left out"), (lambda once, latent, pixel, fewer=1.0: fewer * once / (pixel - fewer * latent), "of the latent run"),
             (lambda once, latent, pixel, fewer=1.0: once / pixel, "own steps"), (lambda once, latent, pixel, fewer=1.0: once, "both costs equal"),
-            (lambda once, latent, pixel, fewer=1.0: once / (pixel - fewer * latent) if pixel != fewer * latent else -1, "never pays")],
+            (lambda once, latent, pixel, fewer=1.0: once / (pixel - fewer * latent) if pixel != fewer * latent else -1, "never pays"), (lambda once, latent, pixel, fewer=1.0: once / (pixel - fewer * latent), "never pays"),
+            (lambda once, latent, pixel, fewer=1.0: once / (fewer * pixel - latent), "belongs to its steps")],
 }
 
 
@@ -269,20 +278,24 @@ RIGHT |= {
     "6.2": [guided, lambda u, z, t, a, n, w: (lambda e: e[3:] * w + (1 - w) * e[:3])(u(z.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([n, a])))],
     "6.3": [gaussian, lambda m, s, S, w: (w * m * S**2 / (w * S**2 + (1 - w) * s**2), torch.tensor(s**2 * S**2 / (w * S**2 + (1 - w) * s**2)))],
     "6.4": [lambda n, a, b, w: n + w * (a - n) + w * (b - n), lambda n, a, b, w: (1 - 2 * w) * n + w * (a + b)],
-    "6.5": [in_interval(), in_interval(inside=lambda t, low, high: (t > low) & (t < high)),
+    "6.5": [in_interval(),
             lambda u, z, t, c, w, low, high: torch.cat([guided(u, z[i:i + 1], t[i:i + 1], c[len(z) + i][None], c[i][None], w if low <= t[i] <= high else 1.0) for i in range(len(z))])],
 }
 WRONG |= {
     "6.1a": [(6.5, "theirs"), (5.5, "other way round"), (8.5, "factor")], "6.1b": [(200, "empty half"), (100, "passes"), (50, "passes"), (800, "times")],
     "6.2": [(lambda u, z, t, a, n, w: guided(u, z, t, n, a, w), "turned over"), (lambda u, z, t, a, n, w: u(z, t, n) + w * (u(z, t, a) - u(z, t, n)), "one batch"),
             (lambda u, z, t, a, n, w: guided(u, z, t, a, n, w + 1), "Ho & Salimans"), (lambda u, z, t, a, n, w: u(torch.cat([z, z]), torch.cat([t, t]), torch.cat([n, a])), "shape"),
-            (lambda u, z, t, a, n, w: guided(u, z, t.flip(0), a, n, w), "its own t")],
+            (lambda u, z, t, a, n, w: guided(u, z, t.flip(0), a, n, w), "its own t"), (lambda u, z, t, a, n, w: u(z, t, torch.cat([n, a])), "go in twice"),
+            (lambda u, z, t, a, n, w: u(z, t), "in the line `")],
     "6.3": [(lambda m, s, S, w: (gaussian(m, s, S, w)[0], gaussian(m, s, S, w)[1] ** 0.5), "standard deviation"), (lambda m, s, S, w: (m, s**2 / w), "alone"),
-            (lambda m, s, S, w: (w * m, gaussian(m, s, S, w)[1]), "mean is not"), (lambda m, s, S, w: (m, s**2), "another"), (lambda m, s, S, w: (gaussian(m, s, S, w)[0], 1 / gaussian(m, s, S, w)[1]), "turn it over")],
+            (lambda m, s, S, w: (w * m, gaussian(m, s, S, w)[1]), "mean is not"), (lambda m, s, S, w: (m, s**2), "another"), (lambda m, s, S, w: (gaussian(m, s, S, w)[0], 1 / gaussian(m, s, S, w)[1]), "turn it over"),
+            (lambda m, s, S, w: gaussian(m, s, S, w)[::-1], "mean first"), (lambda m, s, S, w: m, "two are asked for")],
     "6.4": [(lambda n, a, b, w: n + w * (a + b - n), "both"), (lambda n, a, b, w: n + w * ((a + b) / 2 - n), "mean"), (lambda n, a, b, w: n + w * (a - n), "last two"),
-            (lambda n, a, b, w: n + w * (a - n) + n + w * (b - n), "last two")],
+            (lambda n, a, b, w: n + w * (a - n) + n + w * (b - n), "stands there once"), (lambda n, a, b, w: n, "last two")],
     "6.5": [(in_interval(0.0), "unconditional"), (in_interval(inside=lambda t, low, high: (t < low) | (t > high)), "turned over"), (in_interval(inside=lambda t, low, high: t > 0), "its own t"),
-            (in_interval(inside=lambda t, low, high: (t[0] >= low) & (t[0] <= high)), "its own t"), (lambda u, z, t, c, w, low, high: u(torch.cat([z, z]), torch.cat([t, t]), c), "shape")],
+            (in_interval(inside=lambda t, low, high: (t[0] >= low) & (t[0] <= high)), "its own t"), (lambda u, z, t, c, w, low, high: u(torch.cat([z, z]), torch.cat([t, t]), c), "shape"),
+            (in_interval(inside=lambda t, low, high: (t > low) & (t < high)), "belong to the interval"), (lambda u, z, t, c, w, low, high: w if low <= t <= high else 1.0, "row by row"),
+            (lambda u, z, t, c, w, low, high: torch.where(t > low, w, 1.0) * z, "(B, 1, 1, 1)"), (lambda u, z, t, c, w, low, high: u(z, t, c), "go in twice")],
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY, tiny_model
 
 from ldm_minimal import (CLIP, EMA, Gaussian, Stage, Trainee, encode_all, measure_scale_factor, train_autoencoder, train_clip,
@@ -230,6 +231,32 @@ def test_a_batch_larger_than_the_data_is_refused(tiny, data):
 
 
 # ---- two processes ----
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_training(data):
+    """All of `--compile` but the writing of kernels: the networks traced, forwards and backwards, through all stages."""
+    def course(backend):
+        AcceleratorState._reset_state(True)  # else a second Accelerator is the first once more
+        model, accelerator = tiny_model(data), Accelerator(cpu=True, dynamo_backend=backend)
+        model.config = dataclasses.replace(model.config, adversarial_start=1)
+        torch.manual_seed(0)
+        kept = [losses(train_clip(clip_of(model), data, Stage(3, 8, 1e-3, 1), accelerator=accelerator), "clip")]
+        for name in ("l1", "weight"):
+            training = train_autoencoder(copy.deepcopy(model), data, Stage(3, 4, 1e-3, 1), accelerator=accelerator)
+            kept.append([step[name].item() for _, step in training if name in step])
+        return kept + [losses(train_denoiser(model, data, Stage(3, 4, 1e-3, 1), accelerator=accelerator), "mse")]
+
+    try:
+        eager = course(None)
+        torch._dynamo.utils.counters.clear()
+        compiled = course("aot_eager")
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4, "nothing was compiled"
+    finally:
+        AcceleratorState._reset_state(True)
+        torch._dynamo.reset()
+    for before, now in zip(eager, compiled):
+        assert now == pytest.approx(before, rel=1e-3)
+
 
 def gradients(folder, out, processes):
     """The gradients of one step of each training on a global batch of 8, shared by `processes`, from tests/gradients.py."""
