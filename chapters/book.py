@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -187,7 +188,7 @@ def result(name: str) -> dict:
 
 def cause(error: Exception) -> str:
     """What went wrong: a line of the reader's own code, or an answer that the check cannot use."""
-    ours = (str(HERE / "book.py"), str(HERE / "checks.py"), sys.prefix, sys.base_prefix, "<frozen")
+    ours = (str(HERE / "book.py"), str(HERE / "checks.py"), f"{sys.prefix}{os.sep}", f"{sys.base_prefix}{os.sep}", "<frozen")
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
     raised = f"{type(error).__name__}: {error}"
     if own:

@@ -463,7 +463,7 @@ def test_denoise_is_guided_ddim(model, w, negative):
 def test_generate_calls_the_unet_once_a_step_and_decodes_once(model, w, batch):
     calls, decoded = [], []
     hooks = [model.unet.register_forward_hook(lambda m, inputs, out: calls.append(len(inputs[0]))),
-             model.autoencoder.decoder.register_forward_hook(lambda m, inputs, out: decoded.append(len(out)))]
+             model.autoencoder.decoder[-1].register_forward_hook(lambda m, inputs, out: decoded.append(len(out)))]
     x = model.generate(["a red circle", "two"], steps=3, guidance=w, generator=seeded())
     for hook in hooks:
         hook.remove()

@@ -16,6 +16,7 @@ import time
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
 TESTS = pathlib.Path(__file__).parents[1]
@@ -40,6 +41,10 @@ def finished(device):
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def ways(options):
+    return ("eager", "compiled") if options.device == "cuda" or options.compiled else ("eager",)
 
 
 def matrix_rate(device, dtype):
@@ -68,7 +73,8 @@ def compare_stages(config, options, rate):
     precision = {"cuda": "bf16", "cpu": "no"}[options.device]
     count = max(stage.batch for stage in (config.clip_stage, config.autoencoder_stage, config.denoiser_stage))
     data, flops = Noise(count, config.image_size, options.device), {}
-    for how in ("eager", "compiled") if options.device == "cuda" else ("eager",):
+    for how in ways(options):
+        AcceleratorState._reset_state(True)  # else the second Accelerator is the first once more
         accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=precision, dynamo_backend="inductor" if how == "compiled" else None)
         model, started = stages(config, data, accelerator)
         for name, (start, stage) in started.items():
@@ -116,7 +122,7 @@ def compare_denoisers(config, options):
             optimizer.zero_grad()
             finished(device)
         return run
-    for how in ("eager", "compiled") if device == "cuda" else ("eager",):
+    for how in ways(options):
         report(f"{how}: U-Net training step, batch {batch}", *interleaved({name: step(net, layout, how) for name, (net, layout) in nets.items()}, options.repeats))
 
 
@@ -124,6 +130,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["shapes", "emoji"], default="shapes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--compiled", action="store_true", help="on the CPU, too; minutes more, and a C++ compiler is needed")
     parser.add_argument("--batch", type=int, help="of every stage, for a rehearsal (default: each its own)")
     parser.add_argument("--steps", type=int, default=10, help="timed, of each stage")
     parser.add_argument("--repeats", type=int, default=5)
