@@ -639,7 +639,8 @@ class CLIP(nn.Module):
         return F.normalize(self.image_encoder(x), dim=-1)
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        tokens = tokens[:, :_first_end(tokens).max() + 1]  # attention is causal: what follows the first end token is not seen
+        if not torch.compiler.is_compiling():  # a compiled network wants one length
+            tokens = tokens[:, :_first_end(tokens).max() + 1]  # attention is causal: what follows the first end token is not seen
         return F.normalize(self.text_encoder.pool(tokens, self.text_encoder(tokens)), dim=-1)
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -1192,8 +1193,7 @@ def train_denoiser(model: LatentDiffusion, data: CaptionedImages, stage: Stage, 
 class Config:
     """One size of the whole model, and the recipe that trains it: plain data for asdict, JSON and back by `from_dict`.
 
-    image: None for no picture tower. spacing: of `ddim_timesteps`. scale_factor: None until measured. adversarial_start: the discriminator's first step.
-    snr_clip: of `train_denoiser`, None for the plain loss."""
+    image: None for no picture tower. spacing: of `ddim_timesteps`. scale_factor: None until measured. snr_clip: of `train_denoiser`."""
     name: str
     image_size: int
     text: TextConfig
@@ -1210,7 +1210,7 @@ class Config:
     kl_weight: float = 1e-6
     perceptual_weight: float = 1.0
     adversarial_weight: float = 0.5
-    adversarial_start: int = 500
+    adversarial_start: int = 500  # the first step of the discriminator
     snr_clip: float | None = None
 
     @classmethod

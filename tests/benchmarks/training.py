@@ -133,7 +133,7 @@ def main():
     parser.add_argument("--compiled", action="store_true", help="on the CPU, too; minutes more, and a C++ compiler is needed")
     parser.add_argument("--batch", type=int, help="of every stage, for a rehearsal (default: each its own)")
     parser.add_argument("--steps", type=int, default=10, help="timed, of each stage")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     config, dtype = NAMED_SIZES[options.size], torch.bfloat16 if options.device == "cuda" else torch.float32
     for stage in ("clip_stage", "autoencoder_stage", "denoiser_stage") if options.batch else ():
