@@ -315,10 +315,10 @@ class Autoencoder(nn.Module):
         h = self.from_latent(z.to(self.from_latent.weight.dtype, memory_format=torch.channels_last))
         for layer in list(self.decoder)[:-1]:
             h = layer(h)
-        return self.last(h)
+        return self._last(h)
 
     @torch.compiler.disable  # `adaptive_weight` asks for gradients at this layer alone; compiled with the rest, it would cost a whole way back
-    def last(self, h: Tensor) -> Tensor:
+    def _last(self, h: Tensor) -> Tensor:
         return self.decoder[-1](h)
 
     def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Gaussian]:

@@ -230,7 +230,7 @@ def test_a_batch_larger_than_the_data_is_refused(tiny, data):
         next(train_denoiser(tiny, first(data, 8), Stage(1, 16, 1e-3)))
 
 
-# ---- two processes ----
+# ---- compiled ----
 
 @pytest.mark.slow
 def test_compiled_training_is_the_same_training(data):
@@ -241,9 +241,8 @@ def test_compiled_training_is_the_same_training(data):
         model.config = dataclasses.replace(model.config, adversarial_start=1)
         torch.manual_seed(0)
         kept = [losses(train_clip(clip_of(model), data, Stage(3, 8, 1e-3, 1), accelerator=accelerator), "clip")]
-        for name in ("l1", "weight"):
-            training = train_autoencoder(copy.deepcopy(model), data, Stage(3, 4, 1e-3, 1), accelerator=accelerator)
-            kept.append([step[name].item() for _, step in training if name in step])
+        steps = [step for _, step in train_autoencoder(model, data, Stage(3, 4, 1e-3, 1), accelerator=accelerator)]
+        kept += [[step[name].item() for step in steps if name in step] for name in ("l1", "weight")]
         return kept + [losses(train_denoiser(model, data, Stage(3, 4, 1e-3, 1), accelerator=accelerator), "mse")]
 
     try:
@@ -257,6 +256,8 @@ def test_compiled_training_is_the_same_training(data):
     for before, now in zip(eager, compiled):
         assert now == pytest.approx(before, rel=1e-3)
 
+
+# ---- two processes ----
 
 def gradients(folder, out, processes):
     """The gradients of one step of each training on a global batch of 8, shared by `processes`, from tests/gradients.py."""

@@ -31,7 +31,7 @@ TESTS = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 import reference  # noqa: E402
-from training import matrix_rate  # noqa: E402
+from training import matrix_rate, ways  # noqa: E402
 from unet import LAYOUTS, interleaved, report  # noqa: E402
 
 from ldm_minimal import EMOJI, SD1, Attention, LatentDiffusion, Tokenizer  # noqa: E402
@@ -152,7 +152,7 @@ def compare_pictures(options):
     model, cuda = our_model(options), options.device == "cuda"
     flops = options.batch * picture_flops(options)
     rate = matrix_rate(options.device, options.dtype) if cuda else None
-    for how in ("eager", "compiled") if cuda or options.compiled else ("eager",):
+    for how in ways(options):
         if how == "compiled":
             model.unet.compile(**compiling(options))
         runs = {"ours": our_picture(model, options)} | {name: their_picture(model, layout, options, how == "compiled") for name, layout in LAYOUTS.items()}
