@@ -1,18 +1,17 @@
-"""Stable Diffusion 1.x's files, read into the classes of `ldm.py`, and written back; and the published LPIPS.
+"""Stable Diffusion 1.x's files <-> the classes of `ldm.py`; and the published LPIPS.
 
-    model = stable_diffusion.load("v1-5-pruned-emaonly.safetensors", dtype=torch.float16, device="cuda")
+    model = stable_diffusion.load("v1-5-pruned-emaonly.safetensors", dtype=torch.float16)
     model.generate(["a photograph of an astronaut riding a horse"])
     stable_diffusion.save(model, "folder", layout="diffusers")
 
-Two layouts are in use, two sets of names for the same 1,130 tensors:
+Two layouts are in use. They have different names for the same 1,130 tensors:
 
-    compvis     one file, .safetensors or .ckpt, as CompVis and Runway published it: model.diffusion_model.input_blocks...
-    diffusers   a folder with model_index.json, unet/, vae/, text_encoder/, scheduler/ and tokenizer/: down_blocks.0.resnets.0...
+    compvis    one file, .safetensors or .ckpt, as CompVis and Runway published it
+    diffusers  a folder with model_index.json, unet/, vae/, text_encoder/, scheduler/, tokenizer/
 
-`key_map(model)` is the dictionary of all three languages, in rows of (ours, compvis, diffusers).
-
-Nothing in a file is ever run. Safetensors hold no code. A .ckpt is a pickle: torch reads it with `weights_only=True`, and
-the few classes that Lightning leaves in such files are given a stand-in that does nothing.
+No code in a file is ever run. Safetensors hold none. A .ckpt is a pickle: torch reads it with
+`weights_only=True`, and a stand-in that does nothing takes the place of the few classes that
+Lightning leaves in such files.
 """
 
 from __future__ import annotations
@@ -28,141 +27,310 @@ import zipfile
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 from tqdm.auto import tqdm
 
-from .ldm import (SD1, Autoencoder, AutoencoderConfig, Config, Downsample, LatentDiffusion, PerceptualLoss, ResBlock, TextConfig,
-                  Tokenizer, UNet, UNetConfig, Upsample, _whole_folder)
+from .files import whole_file, whole_folder
+from .ldm import (
+    SD1,
+    AttentionBlock,
+    Autoencoder,
+    AutoencoderConfig,
+    Config,
+    Downsample,
+    LatentDiffusion,
+    PerceptualLoss,
+    ResBlock,
+    TextConfig,
+    TextEncoder,
+    Tokenizer,
+    UNet,
+    UNetBlock,
+    UNetConfig,
+    Upsample,
+)
 
 __all__ = ["load", "save", "key_map", "load_tokenizer", "published_lpips"]
 
 
-# ------------------------------------------------------------------------------------------------------ the key map ----
-# A row is (ours, compvis, diffusers). Several names in a column, parted by a space, hold in their order, one on top of the other,
-# what the single name in another column holds: our keys and values are one matrix, and GEGLU's value half stands above its gate.
+# ------------------------------------------------------------------------------------------------
+#                                           The key map
+# ------------------------------------------------------------------------------------------------
+# A row names the same layer in three languages: (ours, compvis, diffusers). Several names in one
+# column, separated by spaces, are layers whose weights, stacked in this order, are the weight of
+# the one layer in another column: our keys and values are one matrix, and so are their halves of
+# GEGLU.
 
 Row = tuple[str, str, str]
-alike = lambda *pairs: [(ours, theirs, theirs) for ours, theirs in pairs]  # noqa: E731  where both layouts use the same name
-
-RES = [("norm_in", "in_layers.0", "norm1"), ("conv_in", "in_layers.2", "conv1"), ("time", "emb_layers.1", "time_emb_proj"),
-       ("norm_out", "out_layers.0", "norm2"), ("conv_out", "out_layers.3", "conv2"), ("skip", "skip_connection", "conv_shortcut")]
-AUTOENCODER_RES = [*alike(("norm_in", "norm1"), ("conv_in", "conv1"), ("norm_out", "norm2"), ("conv_out", "conv2")),
-                   ("skip", "nin_shortcut", "conv_shortcut")]
-AUTOENCODER_ATTENTION = [("norm", "norm", "group_norm"), ("attention.query", "q", "to_q"), ("attention.key_value", "k v", "to_k to_v"),
-                         ("attention.out", "proj_out", "to_out.0")]
-TRANSFORMER = alike(
-    ("norm", "norm"), ("project_in", "proj_in"), ("project_out", "proj_out"),
-    ("norm_self", "transformer_blocks.0.norm1"), ("attend_self.query", "transformer_blocks.0.attn1.to_q"),
-    ("attend_self.key_value", "transformer_blocks.0.attn1.to_k transformer_blocks.0.attn1.to_v"),
-    ("attend_self.out", "transformer_blocks.0.attn1.to_out.0"),
-    ("norm_cross", "transformer_blocks.0.norm2"), ("attend_cross.query", "transformer_blocks.0.attn2.to_q"),
-    ("attend_cross.key_value", "transformer_blocks.0.attn2.to_k transformer_blocks.0.attn2.to_v"),
-    ("attend_cross.out", "transformer_blocks.0.attn2.to_out.0"),
-    ("norm_mlp", "transformer_blocks.0.norm3"), ("mlp_value mlp_gate", "transformer_blocks.0.ff.net.0.proj"),
-    ("mlp_out", "transformer_blocks.0.ff.net.2"))
-TEXT_LAYER = alike(
-    ("norm_attention", "layer_norm1"), ("attention.query", "self_attn.q_proj"), ("attention.key_value", "self_attn.k_proj self_attn.v_proj"),
-    ("attention.out", "self_attn.out_proj"), ("norm_mlp", "layer_norm2"), ("mlp_in", "mlp.fc1"), ("mlp_out", "mlp.fc2"))
+OURS, COMPVIS, DIFFUSERS = range(3)
 
 
-def under(prefix: Row, rows: list[Row]) -> list[Row]:
-    """The same rows, one level deeper in each column."""
-    return [tuple(" ".join(f"{above}.{name}" for name in names.split()) for above, names in zip(prefix, row)) for row in rows]
+def _alike(*pairs: tuple[str, str]) -> list[Row]:
+    """Rows of layers that have the same name in both layouts: (ours, theirs)."""
+    return [(ours, theirs, theirs) for ours, theirs in pairs]
 
 
-def unet_rows(unet: UNet) -> list[Row]:
-    """CompVis numbers the blocks through; there, an Upsample is the last part of the block before it."""
-    rows = [("time.0", "time_embed.0", "time_embedding.linear_1"), ("time.2", "time_embed.2", "time_embedding.linear_2"),
-            ("conv_in", "input_blocks.0.0", "conv_in"), ("norm", "out.0", "conv_norm_out"), ("conv_out", "out.2", "conv_out")]
-    for way, blocks, block in (("down", "input_blocks", 0), ("up", "output_blocks", -1)):
-        level, number = 0, 0
-        for i, layer in enumerate(getattr(unet, way)):
-            ours, level_name = f"{way}.{i}", f"{way}_blocks.{level}"
-            block += not isinstance(layer, Upsample)
-            if isinstance(layer, Downsample):
-                rows.append((f"{ours}.conv", f"{blocks}.{block}.0.op", f"{level_name}.downsamplers.0.conv"))
-            elif isinstance(layer, Upsample):
-                part = 1 if unet.up[i - 1].transformer is None else 2
-                rows.append((f"{ours}.conv", f"{blocks}.{block}.{part}.conv", f"{level_name}.upsamplers.0.conv"))
-            else:
-                rows += under((f"{ours}.res", f"{blocks}.{block}.0", f"{level_name}.resnets.{number}"), RES)
-                rows += under((f"{ours}.transformer", f"{blocks}.{block}.1", f"{level_name}.attentions.{number}"), TRANSFORMER)
-            level, number = (level, number + 1) if hasattr(layer, "res") else (level + 1, 0)
-    for i in (0, 1):
-        rows += under((f"middle.{i}.res", f"middle_block.{2 * i}", f"mid_block.resnets.{i}"), RES)
-    return rows + under(("middle.0.transformer", "middle_block.1", "mid_block.attentions.0"), TRANSFORMER)
-
-
-def autoencoder_rows(autoencoder: Autoencoder) -> list[Row]:
-    """We hold each side as one row of layers; CompVis numbers the decoder's levels by their size, diffusers as they come."""
-    rows = [("to_moments", "quant_conv", "quant_conv"), ("from_latent", "post_quant_conv", "post_quant_conv")]
-    for side, way in (("encoder", "down"), ("decoder", "up")):
-        layers = getattr(autoencoder, side)
-        last, levels = len(layers) - 1, autoencoder.f.bit_length()
-        middle = last - 5 if side == "encoder" else 1  # the first of its three blocks
-        inside = [("0", "conv_in", "conv_in"), (f"{last - 2}", "norm_out", "conv_norm_out"), (f"{last}", "conv_out", "conv_out")]
-        inside += under((f"{middle}", "mid.block_1", "mid_block.resnets.0"), AUTOENCODER_RES)
-        inside += under((f"{middle + 1}", "mid.attn_1", "mid_block.attentions.0"), AUTOENCODER_ATTENTION)
-        inside += under((f"{middle + 2}", "mid.block_2", "mid_block.resnets.1"), AUTOENCODER_RES)
-        level, number = 0, 0
-        for i in range(1, middle) if side == "encoder" else range(4, last - 2):
-            theirs = f"{way}.{level if side == 'encoder' else levels - 1 - level}"
-            if isinstance(layers[i], ResBlock):
-                inside += under((f"{i}", f"{theirs}.block.{number}", f"{way}_blocks.{level}.resnets.{number}"), AUTOENCODER_RES)
-                number += 1
-            else:
-                inside.append((f"{i}.conv", f"{theirs}.{way}sample.conv", f"{way}_blocks.{level}.{way}samplers.0.conv"))
-                level, number = level + 1, 0
-        rows += under((side, side, side), inside)
-    return rows
-
-
-def text_rows(layers: int) -> list[Row]:
-    rows = alike(("token", "embeddings.token_embedding"), ("position", "embeddings.position_embedding"), ("norm", "final_layer_norm"))
-    for i in range(layers):
-        rows += under((f"layers.{i}", f"encoder.layers.{i}", f"encoder.layers.{i}"), TEXT_LAYER)
-    return rows
+RES_BLOCK = [
+    ("norm1", "in_layers.0", "norm1"),
+    ("conv1", "in_layers.2", "conv1"),
+    ("t_proj", "emb_layers.1", "time_emb_proj"),
+    ("norm2", "out_layers.0", "norm2"),
+    ("conv2", "out_layers.3", "conv2"),
+    ("skip", "skip_connection", "conv_shortcut"),
+]
+TRANSFORMER = _alike(
+    ("norm", "norm"),
+    ("proj_in", "proj_in"),
+    ("norm_self", "transformer_blocks.0.norm1"),
+    ("self_attn.to_q", "transformer_blocks.0.attn1.to_q"),
+    ("self_attn.to_kv", "transformer_blocks.0.attn1.to_k transformer_blocks.0.attn1.to_v"),
+    ("self_attn.to_out", "transformer_blocks.0.attn1.to_out.0"),
+    ("norm_cross", "transformer_blocks.0.norm2"),
+    ("cross_attn.to_q", "transformer_blocks.0.attn2.to_q"),
+    ("cross_attn.to_kv", "transformer_blocks.0.attn2.to_k transformer_blocks.0.attn2.to_v"),
+    ("cross_attn.to_out", "transformer_blocks.0.attn2.to_out.0"),
+    ("norm_mlp", "transformer_blocks.0.norm3"),
+    ("mlp_value mlp_gate", "transformer_blocks.0.ff.net.0.proj"),
+    ("mlp_out", "transformer_blocks.0.ff.net.2"),
+    ("proj_out", "proj_out"),
+)
+AUTOENCODER_RES_BLOCK = [
+    ("norm1", "norm1", "norm1"),
+    ("conv1", "conv1", "conv1"),
+    ("norm2", "norm2", "norm2"),
+    ("conv2", "conv2", "conv2"),
+    ("skip", "nin_shortcut", "conv_shortcut"),
+]
+AUTOENCODER_ATTENTION = [
+    ("norm", "norm", "group_norm"),
+    ("attn.to_q", "q", "to_q"),
+    ("attn.to_kv", "k v", "to_k to_v"),
+    ("attn.to_out", "proj_out", "to_out.0"),
+]
+TEXT_BLOCK = _alike(
+    ("norm1", "layer_norm1"),
+    ("attn.to_q", "self_attn.q_proj"),
+    ("attn.to_kv", "self_attn.k_proj self_attn.v_proj"),
+    ("attn.to_out", "self_attn.out_proj"),
+    ("norm2", "layer_norm2"),
+    ("mlp_in", "mlp.fc1"),
+    ("mlp_out", "mlp.fc2"),
+)
 
 
 def key_map(model: LatentDiffusion) -> list[Row]:
-    """Every tensor of Stable Diffusion, in three languages: rows of (ours, compvis, diffusers, whose first word is the folder).
+    """Every tensor of the model in three languages: rows of (ours, compvis, diffusers).
 
-    Where a column has several names, parted by a space, these tensors lie one on top of the other in the columns that have
-    one. A 1x1 convolution in one language may be a linear layer in another."""
-    rows = under(("unet", "model.diffusion_model", "unet"), unet_rows(model.unet))
-    rows += under(("autoencoder", "first_stage_model", "vae"), autoencoder_rows(model.autoencoder))
-    rows += under(("text_encoder", "cond_stage_model.transformer.text_model", "text_encoder.text_model"), text_rows(model.config.text.layers))
-    ours = dict(model.named_parameters())
-    tensors = [tuple(" ".join(f"{name}.{kind}" for name in names.split()) for names in row) for row in rows for kind in ("weight", "bias")]
-    return [row for row in tensors if row[0].split()[0] in ours]  # without the biases, skips and transformers that are not there
+    The first word of a diffusers name is the folder. Several names in a column, separated by
+    spaces, are tensors that lie on top of each other in a column with fewer names. A linear layer
+    in one language may be a 1x1 convolution in another.
+    """
+    text_tower = ("cond_stage_model.transformer.text_model", "text_encoder.text_model")
+    return _tensor_rows(
+        [
+            *_under(("unet", "model.diffusion_model", "unet"), unet_rows(model.unet)),
+            *_under(
+                ("autoencoder", "first_stage_model", "vae"), autoencoder_rows(model.autoencoder)
+            ),
+            *_under(("text_encoder", *text_tower), text_rows(model.text_encoder)),
+        ],
+        model,
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- reading ----
+def unet_rows(unet: UNet) -> list[Row]:
+    """The layers of the U-Net.
 
-OLD_NAMES = [  # of earlier generations of files -> those of today
-    (r"(mid_block\.attentions\.0)\.query\.", r"\1.to_q."), (r"(mid_block\.attentions\.0)\.key\.", r"\1.to_k."),
-    (r"(mid_block\.attentions\.0)\.value\.", r"\1.to_v."), (r"(mid_block\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
-    (r"^(text_encoder|cond_stage_model\.transformer)\.(?=embeddings\.|encoder\.|final_layer_norm\.)", r"\1.text_model."),  # transformers 5
+    CompVis numbers all blocks in one sequence. On the way up, an Upsample is the last part of the
+    block before it.
+    """
+    rows = [
+        ("time_mlp.0", "time_embed.0", "time_embedding.linear_1"),
+        ("time_mlp.2", "time_embed.2", "time_embedding.linear_2"),
+        ("conv_in", "input_blocks.0.0", "conv_in"),
+        ("norm_out", "out.0", "conv_norm_out"),
+        ("conv_out", "out.2", "conv_out"),
+    ]
+
+    level, number = 0, 0  # of diffusers' blocks: the level, and the block in it
+    for i, layer in enumerate(unet.down):
+        block = f"input_blocks.{i + 1}"
+        if isinstance(layer, UNetBlock):
+            rows += _unet_block_rows(f"down.{i}", block, f"down_blocks.{level}", number)
+            number += 1
+        else:
+            theirs = f"down_blocks.{level}.downsamplers.0.conv"
+            rows.append((f"down.{i}.conv", f"{block}.0.op", theirs))
+            level, number = level + 1, 0
+
+    rows += _under(("middle.0.res", "middle_block.0", "mid_block.resnets.0"), RES_BLOCK)
+    rows += _under(
+        ("middle.0.transformer", "middle_block.1", "mid_block.attentions.0"), TRANSFORMER
+    )
+    rows += _under(("middle.1.res", "middle_block.2", "mid_block.resnets.1"), RES_BLOCK)
+
+    level, number = 0, 0
+    blocks = 0  # of output_blocks so far
+    for i, layer in enumerate(unet.up):
+        if isinstance(layer, UNetBlock):
+            block = f"output_blocks.{blocks}"
+            rows += _unet_block_rows(f"up.{i}", block, f"up_blocks.{level}", number)
+            number += 1
+            blocks += 1
+        else:
+            part = 1 if unet.up[i - 1].transformer is None else 2
+            theirs = f"up_blocks.{level}.upsamplers.0.conv"
+            rows.append((f"up.{i}.conv", f"output_blocks.{blocks - 1}.{part}.conv", theirs))
+            level, number = level + 1, 0
+    return rows
+
+
+def _unet_block_rows(ours: str, compvis: str, level: str, number: int) -> list[Row]:
+    res = (f"{ours}.res", f"{compvis}.0", f"{level}.resnets.{number}")
+    transformer = (f"{ours}.transformer", f"{compvis}.1", f"{level}.attentions.{number}")
+    return _under(res, RES_BLOCK) + _under(transformer, TRANSFORMER)
+
+
+def autoencoder_rows(autoencoder: Autoencoder) -> list[Row]:
+    """The layers of the autoencoder, each side of which is one sequence of layers in our code."""
+    return [
+        *_side_rows("encoder", autoencoder.encoder, "down"),
+        ("to_moments", "quant_conv", "quant_conv"),
+        ("from_latent", "post_quant_conv", "post_quant_conv"),
+        *_side_rows("decoder", autoencoder.decoder, "up"),
+    ]
+
+
+def _side_rows(side: str, layers: nn.Sequential, way: str) -> list[Row]:
+    """The rows of encoder or decoder. CompVis numbers levels by their size, also on the way up."""
+    last = len(layers) - 1
+    attention = next(i for i in range(last) if isinstance(layers[i], AttentionBlock))
+    rows = [
+        ("0", "conv_in", "conv_in"),
+        *_under((f"{attention - 1}", "mid.block_1", "mid_block.resnets.0"), AUTOENCODER_RES_BLOCK),
+        *_under((f"{attention}", "mid.attn_1", "mid_block.attentions.0"), AUTOENCODER_ATTENTION),
+        *_under((f"{attention + 1}", "mid.block_2", "mid_block.resnets.1"), AUTOENCODER_RES_BLOCK),
+        (f"{last - 2}", "norm_out", "conv_norm_out"),
+        (f"{last}", "conv_out", "conv_out"),
+    ]
+    highest_level = sum(isinstance(layer, (Downsample, Upsample)) for layer in layers)
+    level, number = 0, 0  # the level, and the block in it
+    for i, layer in enumerate(layers):
+        compvis = f"{way}.{level if way == 'down' else highest_level - level}"
+        diffusers = f"{way}_blocks.{level}"
+        if isinstance(layer, ResBlock) and abs(i - attention) > 1:
+            names = (f"{i}", f"{compvis}.block.{number}", f"{diffusers}.resnets.{number}")
+            rows += _under(names, AUTOENCODER_RES_BLOCK)
+            number += 1
+        elif isinstance(layer, (Downsample, Upsample)):
+            theirs = f"{diffusers}.{way}samplers.0.conv"
+            rows.append((f"{i}.conv", f"{compvis}.{way}sample.conv", theirs))
+            level, number = level + 1, 0
+    return _under((side, side, side), rows)
+
+
+def text_rows(text_encoder: TextEncoder) -> list[Row]:
+    """The layers of the text tower."""
+    rows = _alike(
+        ("token_embedding", "embeddings.token_embedding"),
+        ("position_embedding", "embeddings.position_embedding"),
+        ("final_norm", "final_layer_norm"),
+    )
+    for i in range(len(text_encoder.blocks)):
+        theirs = f"encoder.layers.{i}"
+        rows += _under((f"blocks.{i}", theirs, theirs), TEXT_BLOCK)
+    return rows
+
+
+def _under(prefixes: Row, rows: list[Row]) -> list[Row]:
+    """The same rows, each column's names under its prefix."""
+    deeper = []
+    for row in rows:
+        columns = zip(prefixes, row)
+        deeper.append(tuple(_for_each(f"{prefix}.{{}}", names) for prefix, names in columns))
+    return deeper
+
+
+def _tensor_rows(rows: list[Row], module: nn.Module) -> list[Row]:
+    """From layers to the weights and biases that `module` has."""
+    ours = module.state_dict()
+    tensors = []
+    for row in rows:
+        for kind in ("weight", "bias"):
+            names = tuple(_for_each(f"{{}}.{kind}", names) for names in row)
+            if names[OURS].split()[0] in ours:
+                tensors.append(names)
+    return tensors
+
+
+def _for_each(form: str, names: str) -> str:
+    return " ".join(form.format(name) for name in names.split())
+
+
+def translate(state: dict[str, Tensor], rows: list[Row], column: int) -> dict[str, Tensor]:
+    """Tensors under our names -> the same tensors under the names of another column."""
+    translated = {}
+    for row in rows:
+        names = row[column].split()
+        parts = _restack([state[name] for name in row[OURS].split()], len(names))
+        translated |= dict(zip(names, parts))
+    return translated
+
+
+def _restack(parts: list[Tensor], count: int) -> list[Tensor]:
+    """The same rows in `count` tensors of equal height."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return list(whole.chunk(count))
+
+
+# ------------------------------------------------------------------------------------------------
+#                                             Reading
+# ------------------------------------------------------------------------------------------------
+
+OLD_NAMES = [  # of earlier generations of files, as regular expressions -> today's
+    (r"(mid_block\.attentions\.0)\.query\.", r"\1.to_q."),
+    (r"(mid_block\.attentions\.0)\.key\.", r"\1.to_k."),
+    (r"(mid_block\.attentions\.0)\.value\.", r"\1.to_v."),
+    (r"(mid_block\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
+    # some single files, and transformers 5
+    (
+        r"^(text_encoder|cond_stage_model\.transformer)\.(?=embeddings\.|encoder\.|final_layer_)",
+        r"\1.text_model.",
+    ),
 ]
-HARMLESS = re.compile(  # what official files hold besides the model
-    r"model_ema\..*"                                     # the average of the weights, once more
-    r"|.*\.position_ids"                                 # 0 ... 76
-    r"|betas|(sqrt_|sqrt_recip_|sqrt_recipm1_|sqrt_one_minus_|log_one_minus_)?alphas_cumprod(_prev)?"  # the noise schedule, tabulated
-    r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)")
-FOREIGN = [  # what other files are known by
-    ("lora", "a LoRA: small changes to a model, not a model"), ("conditioner.embedders.", "Stable Diffusion XL, which has two text towers"),
-    ("cond_stage_model.model.", "Stable Diffusion 2, which has another text tower"), ("control_model.", "a ControlNet"),
-    ("joint_blocks.", "Stable Diffusion 3, which has no U-Net"), ("double_blocks.", "Flux, which has no U-Net"),
-    ("unet.down.0.res.", "a model of ours; name its folder"),
+IGNORED = re.compile(  # what official files hold besides the model
+    r"""
+    model_ema\..*            # the average of the weights, once more
+    | .*\.position_ids       # 0 ... 76
+    | betas                  # the noise schedule as tables
+    | (sqrt_|sqrt_recip_|sqrt_recipm1_|sqrt_one_minus_|log_one_minus_)?alphas_cumprod(_prev)?
+    | posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)
+    """,
+    re.VERBOSE,
+)
+OTHER_MODELS = {  # a part of a tensor's name -> what the file is
+    "lora": "a LoRA: small changes to a model, not a model",
+    "conditioner.embedders.": "Stable Diffusion XL, which has two text towers",
+    "cond_stage_model.model.": "Stable Diffusion 2, which has another text tower",
+    "control_model.": "a ControlNet",
+    "joint_blocks.": "Stable Diffusion 3, which has no U-Net",
+    "double_blocks.": "Flux, which has no U-Net",
+    "unet.down.0.res.": "a model of ours; name its folder",
+}
+STAND_INS = [  # classes that a checkpoint may name although its tensors do not need them
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
 ]
-STAND_INS = ["pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-             "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-             "numpy.dtype"]
 
 
 class Inert:
-    """Stands where a checkpoint names a class that its tensors do not need: takes anything, does nothing."""
+    """Takes the place of each of STAND_INS: accepts anything, does nothing."""
 
     def __init__(self, *_):
         pass
@@ -171,372 +339,634 @@ class Inert:
         pass
 
 
-def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-         tokenizer: str | os.PathLike | Tokenizer | None = None, progress: bool = False) -> LatentDiffusion:
-    """Stable Diffusion 1.x, from one file (.safetensors, .ckpt) or a `diffusers` folder, ready to draw, in eval mode.
+def load(
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    tokenizer: str | os.PathLike | Tokenizer | None = None,
+    progress: bool = False,
+) -> LatentDiffusion:
+    """Stable Diffusion 1.x from one file (.safetensors, .ckpt) or a `diffusers` folder, in eval mode.
 
-    dtype: None for float32. device: None for the CPU; "meta" checks the file and reads neither weights nor tokenizer.
-    tokenizer: what `load_tokenizer` takes, or one that is loaded; None for the folder's own, and for a single file for the one
-    that it may hold (those of `save` do), else the hub's. The file is mapped and read a few tensors at a time, each straight
-    into its dtype and device, behind a bar if `progress`. Raises ValueError, in one line, for a file that is broken, holds code
-    or is another model, with the tensors that are missing, left over or of another shape."""
-    path, device = pathlib.Path(path), torch.device(device or "cpu")
+    dtype: None for float32. device: None for the CPU; "meta" checks the file and reads neither
+    weights nor tokenizer. tokenizer: one that is loaded, or what `load_tokenizer` takes; None for
+    the folder's own or, of a single file, for the one that `save` wrote into it, else the hub's.
+    progress: show a bar. Raises ValueError, in one line, for a file that is broken, holds code or
+    is another model, naming the tensors that are missing, left over or of another shape.
+    """
+    path = pathlib.Path(path)
+    device = torch.device(device or "cpu")
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_dir():
-        config, files, column = folder_config(path), folder_files(path, dtype), 2
-        tokenizer = tokenizer or path / "tokenizer"
+        column = DIFFUSERS
+        config = _folder_config(path)
+        files = _folder_files(path, dtype)  # by the prefix that their tensors' names get
+        own_tokenizer = path / "tokenizer"
     else:
-        (config, own), files, column = file_config(path), {"": path}, 1
-        tokenizer = tokenizer or own
-    with torch.device("meta"):
-        model = LatentDiffusion(config)
-    like, state = dict(model.named_parameters()), {}
-    rows = {folder: [(row[0], row[column]) for row in key_map(model) if row[column].startswith(folder)] for folder in files}
-    for folder, file in files.items():
-        check_tensors(file, {name: tensor.shape for name, tensor in current_names(folder, open_tensors(file)).items()}, rows[folder], like)
-    if device.type != "meta":
-        model.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer, config.text.length)
-        size, rows_of_text = len(model.tokenizer.vocab), config.text.vocab_size  # ours may have more rows than words, CLIP's has not
-        if size > rows_of_text or (config.text == SD1.text and size < rows_of_text):
-            raise ValueError(f"the tokenizer has {size:,} entries, the text encoder of {path} {rows_of_text:,}")
-    for folder, file in files.items():
-        state |= read(file, folder, rows[folder], like, dtype or torch.float32, device, progress)
+        column = COMPVIS
+        config, own_tokenizer = _file_config(path)
+        files = {"": path}
+    model = _empty_model(path, config)
+
+    like = model.state_dict()
+    rows = {}
+    for prefix, file in files.items():
+        rows[prefix] = [
+            (row[OURS], row[column]) for row in key_map(model) if row[column].startswith(prefix)
+        ]
+        _check_tensors(file, _tensors(file, prefix), rows[prefix], like)
+    if device.type == "meta":
+        return model.eval()
+
+    model.tokenizer = _fitting_tokenizer(path, tokenizer or own_tokenizer, config.text)
+    state = {}
+    for prefix, file in files.items():
+        state |= _read(file, prefix, rows[prefix], like, dtype or torch.float32, device, progress)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def read(path: pathlib.Path, prefix: str, rows: list[tuple[str, str]], like: dict[str, Tensor], dtype: torch.dtype, device: torch.device,
-         progress: bool) -> dict[str, Tensor]:
-    """The file's tensors under our names. A mapping's pages stay in memory until it is closed: it is opened anew every 128 MB."""
-    tensors, state, seen = current_names(prefix, open_tensors(path)), {}, 0
-    for ours, theirs in tqdm(rows, desc=f"reading {prefix}{path.name}", unit="tensor", disable=not progress, leave=False):
-        if seen > 2**27:
-            tensors, seen = current_names(prefix, open_tensors(path)), 0
+def _empty_model(path: pathlib.Path, config: Config) -> LatentDiffusion:
+    try:
+        with torch.device("meta"):
+            return LatentDiffusion(config)
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(f"{path}: its config describes no model that works ({error})") from None
+
+
+def _read(
+    path: pathlib.Path,
+    prefix: str,
+    rows: list[tuple[str, str]],
+    like: dict[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """The file's tensors under our names, each read straight into its dtype and device.
+
+    The file is mapped. What was read of it stays in memory until it is closed, so it is opened
+    again after every 128 MB.
+    """
+    tensors = _tensors(path, prefix)
+    bytes_read = 0
+    state = {}
+    bar = tqdm(rows, desc=f"reading {prefix}{path.name}", disable=not progress, leave=False)
+    for ours, theirs in bar:
+        if bytes_read > 2**27:
+            tensors = _tensors(path, prefix)
+            bytes_read = 0
         parts = [tensors[name] for name in theirs.split()]
-        seen += sum(part.nbytes for part in parts)
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        for name, part in zip(ours.split(), whole.chunk(len(ours.split()))):
-            layout = torch.channels_last if like[name].ndim == 4 else torch.contiguous_format
-            part = part.reshape(like[name].shape).to(device, dtype, copy=True, memory_format=layout)
-            state[name] = torch.nn.Parameter(part, requires_grad=True)
+        bytes_read += sum(part.nbytes for part in parts)
+        names = ours.split()
+        for name, part in zip(names, _restack(parts, len(names))):
+            is_convolution = like[name].ndim == 4
+            layout = torch.channels_last if is_convolution else torch.contiguous_format
+            part = part.reshape(like[name].shape)
+            state[name] = part.to(device, dtype, copy=True, memory_format=layout)
     return state
 
 
-def current_names(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors, the folder before their names, and these as files of today have them."""
-    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+def _tensors(path: pathlib.Path, prefix: str) -> dict[str, Tensor]:
+    """The file's tensors by today's names, with `prefix` before them."""
+    tensors = {prefix + name: tensor for name, tensor in _open_tensors(path).items()}
     for old, new in OLD_NAMES:
         tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def check_tensors(path: pathlib.Path, found: dict[str, torch.Size], rows: list[tuple[str, str]], like: dict[str, Tensor]) -> None:
-    """Every tensor is accounted for, or one line says which are not."""
-    for sign, what in FOREIGN:
-        if any(sign in name.lower() for name in found):
-            raise ValueError(f"{path} is {what}; Stable Diffusion 1 is read here")
-    wanted = {}
-    for ours, theirs in rows:
-        shape, height = like[ours.split()[0]].shape, sum(len(like[name]) for name in ours.split())
-        wanted |= {name: (height // len(theirs.split()), *shape[1:]) for name in theirs.split()}
-    flat = lambda shape: tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)  # noqa: E731  a 1x1 convolution is a linear layer
-    times = lambda shape: " x ".join(map(str, shape))  # noqa: E731
-    lists = {
-        "missing": [name for name in wanted if name not in found],
-        "left over": [name for name in found if name not in wanted and not HARMLESS.fullmatch(name)],
-        "of another shape": [f"{name}: {times(found[name])}, not {times(shape)}" for name, shape in wanted.items()
-                             if name in found and flat(found[name]) != flat(shape)],
-    }
-    if any(lists.values()):
-        said = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for what, names in lists.items() if names]
-        raise ValueError(f"{path} is not Stable Diffusion 1: of its tensors {'; '.join(said)}")
-
-
-def open_tensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """A file's tensors by name, mapped: their bytes are read from the disk when they are used."""
-    if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+def _open_tensors(path: pathlib.Path) -> dict[str, Tensor]:
+    """The file's tensors by name, mapped: their bytes are read from the disk when they are used."""
+    if path.suffix not in (".safetensors", ".ckpt", ".bin"):
         raise ValueError(f"{path} must be a folder, or end in .safetensors or .ckpt")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with safe_globals([(Inert, name) for name in STAND_INS]), warnings.catch_warnings(action="ignore"):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever is wrong with it; both libraries raise many kinds
+        stand_ins = [(Inert, name) for name in STAND_INS]
+        with safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
+            can_map = zipfile.is_zipfile(path)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+    except Exception as error:  # both libraries raise many kinds
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(f"{path} names {code[1]}, which is code and no tensor; nothing of it was run, and it is not read") from None
-        raise ValueError(f"{path} cannot be read: it is cut off, or not what its name says") from None
-    found = found.get("state_dict", found) if isinstance(found, dict) else {}
-    return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+            raise ValueError(
+                f"{path} names {code[1]}, which is code and no tensor; it was not run, and the file "
+                "is not read"
+            ) from None
+        raise ValueError(
+            f"{path} cannot be read: it is cut off, or not what its name says"
+        ) from None
+    if not isinstance(found, dict):
+        return {}
+    found = found.get("state_dict", found)
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
-# ------------------------------------------------------------------------------------------------- what a file is ----
-# Our configs in diffusers' words, and back. What has no place in our config must be as Stable Diffusion 1 has it.
+def _check_tensors(
+    path: pathlib.Path,
+    found: dict[str, Tensor],
+    rows: list[tuple[str, str]],
+    like: dict[str, Tensor],
+) -> None:
+    """Raise ValueError unless every tensor is accounted for, on both sides."""
+    for sign, what in OTHER_MODELS.items():
+        if any(sign in name.lower() for name in found):
+            raise ValueError(f"{path} is {what}; Stable Diffusion 1 is read here")
 
-SCHEDULES = {"scaled-linear": ("scaled_linear", 0.00085, 0.012), "linear": ("linear", 1e-4, 0.02), "cosine": ("squaredcos_cap_v2", 1e-4, 0.02)}
-FIXED = {
-    "unet": {"act_fn": "silu", "norm_eps": 1e-5, "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1,
-             "mid_block_scale_factor": 1, "only_cross_attention": False, "dual_cross_attention": False, "class_embed_type": None,
-             "addition_embed_type": None, "encoder_hid_dim": None, "transformer_layers_per_block": 1, "resnet_time_scale_shift": "default",
-             "time_embedding_type": "positional", "mid_block_type": "UNetMidBlock2DCrossAttn", "num_attention_heads": None},
-    "vae": {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "mid_block_add_attention": True, "use_quant_conv": True,
-            "use_post_quant_conv": True, "shift_factor": None},
-    "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "scheduler": {"prediction_type": "epsilon", "thresholding": False, "trained_betas": None, "rescale_betas_zero_snr": False},
+    wanted = {}
+    for ours, theirs in rows:
+        height = sum(len(like[name]) for name in ours.split())
+        other_sizes = like[ours.split()[0]].shape[1:]
+        names = theirs.split()
+        wanted |= {name: (height // len(names), *other_sizes) for name in names}
+
+    unlike = []
+    for name in wanted.keys() & found.keys():
+        if _as_linear(found[name].shape) != _as_linear(wanted[name]):
+            shapes = f"{_times(found[name].shape)}, not {_times(wanted[name])}"
+            unlike.append(f"{name}: {shapes}")
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "left over": [n for n in found if n not in wanted and not IGNORED.fullmatch(n)],
+        "of another shape": sorted(unlike),
+    }
+    said = []
+    for problem, names in problems.items():
+        if names:
+            examples = names[:3] + ["..."] * (len(names) > 3)
+            said.append(f"{len(names)} {problem} ({', '.join(examples)})")
+    if said:
+        raise ValueError(f"{path} is not Stable Diffusion 1: of its tensors {'; '.join(said)}")
+
+
+def _as_linear(shape: tuple[int, ...]) -> tuple[int, ...]:
+    is_1x1_convolution = tuple(shape[2:]) == (1, 1)
+    return tuple(shape[:2]) if is_1x1_convolution else tuple(shape)
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(size) for size in shape)
+
+
+# ------------------------------------------------------------------------------------------------
+#                                             Configs
+# ------------------------------------------------------------------------------------------------
+
+SCHEDULES = {  # our kind of schedule -> diffusers' beta_schedule, beta_start and beta_end
+    "scaled-linear": ("scaled_linear", 0.00085, 0.012),
+    "linear": ("linear", 1e-4, 0.02),
+    "cosine": ("squaredcos_cap_v2", 1e-4, 0.02),
 }
-UNIMPORTANT = {"_class_name", "sample_size", "architectures", "model_type", "scaling_factor"}
+# These may differ from what we write: names, image sizes, and the choice of a sampler.
+NOT_COMPARED = {"_class_name", "architectures", "model_type", "sample_size", "clip_sample"}
+NOT_COMPARED |= {"timestep_spacing", "set_alpha_to_one", "steps_offset"}
 
 
-def diffusers_configs(config: Config) -> dict[str, dict]:
-    """model_index.json ("") and the config of each folder."""
+def _diffusers_configs(config: Config) -> dict[str, dict]:
+    """The configs of diffusers' parts, by their folders.
+
+    Besides our own numbers they hold those options, at the only value that our classes have, that
+    would change the network and leave its tensors as they are.
+    """
     unet, vae, text = config.unet, config.autoencoder, config.text
-    levels = range(len(unet.mult))
-    kinds = [("CrossAttn" if level in unet.attention else "") + "{}Block2D" for level in levels]
-    name, first, last = SCHEDULES[config.schedule]
+    block_kinds = []
+    for level in range(len(unet.channel_mult)):
+        attention = "CrossAttn" if level in unet.attention_levels else ""
+        block_kinds.append(attention + "{}Block2D")
+    vae_levels = len(vae.channel_mult)
+    beta_schedule, beta_start, beta_end = SCHEDULES[config.schedule]
     return {
-        "": {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-             "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-             "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None], "feature_extractor": [None, None],
-             "requires_safety_checker": False},
-        "unet": {"_class_name": "UNet2DConditionModel", "sample_size": config.image_size // 2 ** (len(vae.mult) - 1),
-                 "in_channels": unet.channels, "out_channels": unet.channels, "block_out_channels": [unet.width * m for m in unet.mult],
-                 "layers_per_block": unet.blocks, "attention_head_dim": unet.heads,  # diffusers' name for the number of heads
-                 "cross_attention_dim": unet.context_width, "norm_num_groups": unet.groups,
-                 "down_block_types": [kind.format("Down") for kind in kinds], "up_block_types": [kind.format("Up") for kind in kinds[::-1]]},
-        "vae": {"_class_name": "AutoencoderKL", "sample_size": config.image_size, "latent_channels": vae.channels,
-                "block_out_channels": [vae.width * m for m in vae.mult], "layers_per_block": vae.blocks, "norm_num_groups": vae.groups,
-                "down_block_types": ["DownEncoderBlock2D"] * len(vae.mult), "up_block_types": ["UpDecoderBlock2D"] * len(vae.mult),
-                "scaling_factor": config.scale_factor},
-        "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": text.vocab_size,
-                         "hidden_size": text.width, "intermediate_size": 4 * text.width, "num_hidden_layers": text.layers,
-                         "num_attention_heads": text.heads, "max_position_embeddings": text.length, "hidden_act": "quick_gelu"},
-        "scheduler": {"_class_name": "DDIMScheduler", "num_train_timesteps": config.T, "beta_schedule": name, "beta_start": first,
-                      "beta_end": last, "clip_sample": False, "prediction_type": "epsilon", "timestep_spacing": config.spacing,
-                      "set_alpha_to_one": config.spacing == "trailing", "steps_offset": 1},
+        "unet": {
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": config.image_size // 2 ** (vae_levels - 1),
+            "in_channels": unet.latent_channels,
+            "out_channels": unet.latent_channels,
+            "block_out_channels": [unet.width * mult for mult in unet.channel_mult],
+            "layers_per_block": unet.num_res_blocks,
+            "attention_head_dim": unet.num_heads,  # diffusers' name for the number of heads
+            "num_attention_heads": None,
+            "cross_attention_dim": unet.context_width,
+            "norm_num_groups": unet.num_groups,
+            "down_block_types": [kind.format("Down") for kind in block_kinds],
+            "up_block_types": [kind.format("Up") for kind in reversed(block_kinds)],
+            "act_fn": "silu",
+            "norm_eps": 1e-5,
+            "center_input_sample": False,
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "time_embedding_act_fn": None,
+            "timestep_post_act": None,
+            "class_embed_type": None,
+            "downsample_padding": 1,
+            "mid_block_scale_factor": 1,
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "sample_size": config.image_size,
+            "latent_channels": vae.latent_channels,
+            "block_out_channels": [vae.width * mult for mult in vae.channel_mult],
+            "layers_per_block": vae.num_res_blocks,
+            "norm_num_groups": vae.num_groups,
+            "down_block_types": ["DownEncoderBlock2D"] * vae_levels,
+            "up_block_types": ["UpDecoderBlock2D"] * vae_levels,
+            "act_fn": "silu",
+            "scaling_factor": config.scale_factor,
+            "shift_factor": None,
+        },
+        "text_encoder": {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.width,
+            "intermediate_size": 4 * text.width,
+            "num_hidden_layers": text.num_layers,
+            "num_attention_heads": text.num_heads,
+            "max_position_embeddings": text.length,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+        },
+        "scheduler": {
+            "_class_name": "DDIMScheduler",
+            "num_train_timesteps": config.T,
+            "beta_schedule": beta_schedule,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "trained_betas": None,
+            "rescale_betas_zero_snr": False,
+            "prediction_type": "epsilon",
+            "clip_sample": False,
+            "thresholding": False,
+            "timestep_spacing": config.spacing,
+            "set_alpha_to_one": config.spacing == "trailing",
+            "steps_offset": 1,  # "leading" ends at t = 1
+        },
     }
 
 
-def folder_config(path: pathlib.Path) -> Config:
-    """The Config of a `diffusers` folder. Raises ValueError for what our classes do not cover."""
-    kind = folder_json(path, "model_index.json").get("_class_name")
-    if kind not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
-        raise ValueError(f"{path} holds a {kind}; a StableDiffusionPipeline is read here")
-    unet, vae, text = (folder_json(path, f"{part}/config.json") for part in ("unet", "vae", "text_encoder"))
-    scheduler = folder_json(path, "scheduler/scheduler_config.json")
-    for part, found in (("unet", unet), ("vae", vae), ("text_encoder", text), ("scheduler", scheduler)):
-        for key, only in FIXED[part].items():
-            if found.get(key, only) != only:
-                raise ValueError(f"{path / part}: its config has {key} = {found[key]!r}; Stable Diffusion 1 has {only!r}")
+def _config_from_diffusers(name: str, unet: dict, vae: dict, text: dict, scheduler: dict) -> Config:
+    """The inverse of `_diffusers_configs`; where an old file says nothing, Stable Diffusion's values."""
     for key in ("attention_head_dim", "layers_per_block", "cross_attention_dim"):
         if isinstance(unet.get(key), list):
-            raise ValueError(f"{path / 'unet'}: its config has {key} = {unet[key]}, one for each level; our classes have one for all")
-    try:
-        width, vae_width = unet["block_out_channels"][0], vae["block_out_channels"][0]
-        betas = tuple(scheduler[key] for key in ("beta_schedule", "beta_start", "beta_end"))
-        if betas not in SCHEDULES.values():
-            raise ValueError(f"the noise schedule is {betas}")
-        config = Config(
-            name=path.name, image_size=unet.get("sample_size", 64) * 2 ** (len(vae["block_out_channels"]) - 1), image=None,
-            text=TextConfig(text["vocab_size"], text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"],
-                            text.get("max_position_embeddings", 77)),
-            autoencoder=AutoencoderConfig(vae_width, tuple(c // vae_width for c in vae["block_out_channels"]), vae["layers_per_block"],
-                                          vae["latent_channels"], vae.get("norm_num_groups", 32)),
-            unet=UNetConfig(unet["in_channels"], width, tuple(c // width for c in unet["block_out_channels"]), unet["layers_per_block"],
-                            tuple(i for i, kind in enumerate(unet["down_block_types"]) if kind.startswith("CrossAttn")),
-                            unet.get("attention_head_dim", 8), unet["cross_attention_dim"], unet.get("norm_num_groups", 32)),
-            schedule=next(kind for kind, known in SCHEDULES.items() if known == betas), T=scheduler["num_train_timesteps"],
-            spacing="trailing" if scheduler.get("timestep_spacing") == "trailing" else "leading", scale_factor=vae.get("scaling_factor", 0.18215))
-        expected = diffusers_configs(config)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: its configs do not describe a Stable Diffusion 1 ({type(error).__name__}: {error})") from None
-    for part, found in (("unet", unet), ("vae", vae), ("text_encoder", text)):
-        for key, ours in expected[part].items():  # what our config cannot say comes out different
-            if key not in UNIMPORTANT and found.get(key, ours) != ours:
-                raise ValueError(f"{path / part}: its config has {key} = {found[key]!r}, for which our classes have {ours!r}")
-    return dataclasses.replace(config, name=SD1.name) if dataclasses.replace(config, name=SD1.name) == SD1 else config
+            raise ValueError(f"{key} = {unet[key]}; our classes have one number for all levels")
+    kinds = {beta_schedule: kind for kind, (beta_schedule, _, _) in SCHEDULES.items()}
+    unet_channels, vae_channels = unet["block_out_channels"], vae["block_out_channels"]
+    down = unet["down_block_types"]
+    is_trailing = scheduler.get("timestep_spacing") == "trailing"
+    return Config(
+        name=name,
+        image_size=unet.get("sample_size", 64) * 2 ** (len(vae_channels) - 1),
+        text=TextConfig(
+            vocab_size=text["vocab_size"],
+            width=text["hidden_size"],
+            num_layers=text["num_hidden_layers"],
+            num_heads=text["num_attention_heads"],
+            length=text.get("max_position_embeddings", 77),
+        ),
+        image=None,
+        autoencoder=AutoencoderConfig(
+            width=vae_channels[0],
+            channel_mult=tuple(c // vae_channels[0] for c in vae_channels),
+            num_res_blocks=vae["layers_per_block"],
+            latent_channels=vae["latent_channels"],
+            num_groups=vae.get("norm_num_groups", 32),
+        ),
+        unet=UNetConfig(
+            latent_channels=unet["in_channels"],
+            width=unet_channels[0],
+            channel_mult=tuple(c // unet_channels[0] for c in unet_channels),
+            num_res_blocks=unet["layers_per_block"],
+            attention_levels=tuple(i for i in range(len(down)) if down[i].startswith("CrossAttn")),
+            num_heads=unet.get("attention_head_dim", 8),
+            context_width=unet["cross_attention_dim"],
+            num_groups=unet.get("norm_num_groups", 32),
+        ),
+        schedule=kinds[scheduler["beta_schedule"]],
+        T=scheduler["num_train_timesteps"],
+        spacing="trailing" if is_trailing else "leading",
+        scale_factor=vae.get("scaling_factor", 0.18215),
+    )
 
 
-def folder_json(path: pathlib.Path, name: str) -> dict:
+def _folder_config(path: pathlib.Path) -> Config:
+    """The Config of a `diffusers` folder. Raises ValueError for what our classes do not cover."""
+    pipeline = _read_json(path, "model_index.json").get("_class_name")
+    if pipeline != "StableDiffusionPipeline":
+        raise ValueError(f"{path} holds a {pipeline}; a StableDiffusionPipeline is read here")
+    found = {
+        "unet": _read_json(path, "unet/config.json"),
+        "vae": _read_json(path, "vae/config.json"),
+        "text_encoder": _read_json(path, "text_encoder/config.json"),
+        "scheduler": _read_json(path, "scheduler/scheduler_config.json"),
+    }
     try:
-        found = json.loads((path / name).read_text(encoding="utf-8"))
-        return found | {}
+        config = _config_from_diffusers(path.name, *found.values())
+        expected = _diffusers_configs(config)
+    except Exception as error:  # whatever a missing or odd value leads to
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{path}: its configs do not describe a Stable Diffusion 1 ({reason})"
+        ) from None
+    for folder, values in found.items():  # what our config cannot say comes out different
+        for key, ours in expected[folder].items():
+            if key not in NOT_COMPARED and values.get(key, ours) != ours:
+                raise ValueError(
+                    f"{path / folder}: its config has {key} = {values[key]!r}; only {ours!r} is "
+                    "possible in our classes"
+                )
+    return config
+
+
+def _read_json(folder: pathlib.Path, name: str) -> dict:
+    try:
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is no `diffusers` folder: it has no {name}") from None
-    except (ValueError, TypeError):
-        raise ValueError(f"{path / name} cannot be read as JSON") from None
+        raise ValueError(f"{folder} is no `diffusers` folder: it has no {name}") from None
+    except (ValueError, OSError):
+        raise ValueError(f"{folder / name} cannot be read as JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / name} cannot be read as JSON: it holds no object")
+    return found
 
 
-def folder_files(path: pathlib.Path, dtype: torch.dtype | None) -> dict[str, pathlib.Path]:
-    """The weights of each part: safetensors before pickles, the half-sized variant first where half precision is asked for."""
-    variants = [".fp16.safetensors", ".safetensors"] if dtype == torch.float16 else [".safetensors", ".fp16.safetensors"]
+def _folder_files(path: pathlib.Path, dtype: torch.dtype | None) -> dict[str, pathlib.Path]:
+    """The weights of each part, as {"unet.": file, ...}: safetensors before pickles.
+
+    Where half precision is asked for, the variant in half precision comes first.
+    """
+    endings = [".safetensors", ".fp16.safetensors", ".bin"]
+    if dtype == torch.float16:
+        endings = [".fp16.safetensors", ".safetensors", ".bin"]
     files = {}
-    for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
-        names = [stem + variant for variant in variants] + ["pytorch_model.bin" if stem == "model" else stem + ".bin"]
-        files[f"{part}."] = next((path / part / name for name in names if (path / part / name).is_file()), None)
-        if files[f"{part}."] is None:
+    for part in ("unet", "vae", "text_encoder"):
+        names = [WEIGHTS[part] + ending for ending in endings]
+        there = [path / part / name for name in names if (path / part / name).is_file()]
+        if not there:
             raise ValueError(f"{path / part} holds no weights; one of {', '.join(names)} is needed")
+        files[f"{part}."] = there[0]
     return files
 
 
-def file_config(path: pathlib.Path) -> tuple[Config, Tokenizer | None]:
-    """The Config of a single file, and its tokenizer: those that `save` wrote into it, else Stable Diffusion 1's and None."""
-    open_tensors(path)  # which says what is wrong with it
+def _file_config(path: pathlib.Path) -> tuple[Config, Tokenizer | None]:
+    """Config and tokenizer of a single file: those that `save` wrote, else SD1 and None."""
+    _open_tensors(path)  # which says what is wrong with the file
+    own = None
     if path.suffix == ".safetensors":
         with safetensors.safe_open(path, framework="pt") as file:
             own = (file.metadata() or {}).get("ldm_minimal")
-        if own:
-            try:
-                own = json.loads(own)
-                config, model = Config.from_dict(own["config"]), own["tokenizer"] and json.loads(own["tokenizer"])["model"]
-                return config, model and Tokenizer(model["vocab"], model["merges"], config.text.length)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{path} says that it is ours, but its config cannot be read") from None
-    return SD1, None
+    if own is None:
+        return SD1, None
+    try:
+        own = json.loads(own)
+        config = Config.from_dict(own["config"])
+        return config, Tokenizer(own["vocab"], own["merges"], config.text.length)
+    except Exception:  # `tokenizers` raises bare ones
+        raise ValueError(f"{path} says that it is ours, but its config cannot be read") from None
 
 
-# ------------------------------------------------------------------------------------------------------- tokenizer ----
+# ------------------------------------------------------------------------------------------------
+#                                            Tokenizer
+# ------------------------------------------------------------------------------------------------
 
 HUB = "openai/clip-vit-large-patch14"
+TOKENIZERS = (
+    "a folder with vocab.json and merges.txt, a tokenizer.json, or bpe_simple_vocab_16e6.txt.gz"
+)
 
 
 def load_tokenizer(path: str | os.PathLike | None = None, length: int = 77) -> Tokenizer:
-    """CLIP's tokenizer: from a folder with vocab.json and merges.txt or tokenizer.json, from such a tokenizer.json, or from
-    OpenAI's bpe_simple_vocab_16e6.txt.gz (the PyPI package open_clip_torch holds it). None: from the hub, or its cache.
+    """CLIP's tokenizer.
 
-    length: tokens of a caption. Raises ValueError saying what is not there."""
-    path = from_hub() if path is None else pathlib.Path(path)
+    path: a folder with vocab.json and merges.txt or with tokenizer.json, such a tokenizer.json, or
+    OpenAI's bpe_simple_vocab_16e6.txt.gz (in the PyPI package open_clip_torch); None for the hub's,
+    or its cache. length: tokens of a caption. Raises ValueError saying what is not there.
+    """
+    path = _tokenizer_from_hub() if path is None else pathlib.Path(path)
     try:
-        if path.is_dir() and (path / "vocab.json").is_file():
-            lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
-            return Tokenizer(json.loads((path / "vocab.json").read_text(encoding="utf-8")), merges(lines), length)
         if path.name.endswith(".gz"):
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                pairs = merges(file.read().splitlines()[:49152 - 256 - 2 + 1])  # the rest was cut off when CLIP was trained
-            return Tokenizer.from_merges(pairs, length)
+            lines = gzip.open(path, "rt", encoding="utf-8").read().splitlines()
+            used = 49408 - 2 * 256 - 2 + 1  # with the headline; CLIP was trained without the rest
+            return Tokenizer.from_merges(_merges(lines[:used]), length)
+        if (path / "vocab.json").is_file():
+            vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+            lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
+            return Tokenizer(vocab, _merges(lines), length)
         return Tokenizer.load(path / "tokenizer.json" if path.is_dir() else path, length)
     except Exception as error:  # `tokenizers` raises bare ones
-        raise ValueError(f"{path} holds no tokenizer that can be read ({' '.join(str(error).split())[:100]}); allowed are a folder with vocab.json and "
-                         "merges.txt, a tokenizer.json, or bpe_simple_vocab_16e6.txt.gz") from None
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(
+            f"{path} holds no tokenizer that can be read ({reason}); allowed are {TOKENIZERS}"
+        ) from None
 
 
-def merges(lines: list[str]) -> list[tuple[str, str]]:
-    return [tuple(line.split()) for line in lines if line and not line.startswith(("#version", '"bpe_simple_vocab'))]
+def _merges(lines: list[str]) -> list[tuple[str, str]]:
+    headlines = ("#version", '"bpe_simple_vocab')
+    return [tuple(line.split()) for line in lines if line and not line.startswith(headlines)]
 
 
-def from_hub() -> pathlib.Path:
-    """The folder in which huggingface_hub keeps CLIP's tokenizer; fetched once, where there is a network."""
-    instead = "give a tokenizer (--tokenizer PATH): a folder with vocab.json and merges.txt, a tokenizer.json, or bpe_simple_vocab_16e6.txt.gz"
+def _tokenizer_from_hub() -> pathlib.Path:
+    """The folder in which huggingface_hub keeps CLIP's tokenizer; downloaded once."""
+    problem = "a single file holds no tokenizer, and"
+    instead = f"give a tokenizer (--tokenizer PATH): {TOKENIZERS}"
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import logging
-        logging.set_verbosity_error()  # its warnings say at length what the line below says
     except ImportError:
-        raise ValueError(f"a single file holds no tokenizer, and huggingface_hub is not installed; pip install it, or {instead}") from None
+        raise ValueError(
+            f"{problem} huggingface_hub is not installed; pip install it, or {instead}"
+        ) from None
+    logging.set_verbosity_error()  # its warnings say at length what the line below says
     try:
-        files = [pathlib.Path(hf_hub_download(HUB, name, etag_timeout=5)) for name in ("vocab.json", "merges.txt")]
-        return files[0].parent
+        hf_hub_download(HUB, "merges.txt", etag_timeout=5)
+        return pathlib.Path(hf_hub_download(HUB, "vocab.json", etag_timeout=5)).parent
     except Exception as error:  # the hub's client raises many kinds
-        raise ValueError(f"a single file holds no tokenizer, and the hub cannot be reached ({type(error).__name__}); {instead}") from None
+        reason = type(error).__name__
+        raise ValueError(f"{problem} the hub cannot be reached ({reason}); {instead}") from None
 
 
-# --------------------------------------------------------------------------------------------------------- writing ----
+def _fitting_tokenizer(
+    path: pathlib.Path, tokenizer: str | os.PathLike | Tokenizer | None, text: TextConfig
+) -> Tokenizer:
+    """The tokenizer, loaded. Raises ValueError unless it is one for this text encoder."""
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = load_tokenizer(tokenizer, text.length)
+    entries = len(tokenizer.vocab)
+    # Ours may have fewer entries than the text encoder has rows, CLIP's has as many.
+    if entries > text.vocab_size or (text == SD1.text and entries < text.vocab_size):
+        raise ValueError(
+            f"the tokenizer has {entries:,} entries, the text encoder of {path} {text.vocab_size:,}"
+        )
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------
+#                                             Writing
+# ------------------------------------------------------------------------------------------------
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+}
 
 
 def save(model: LatentDiffusion, path: str | os.PathLike, layout: str = "diffusers") -> None:
-    """Write the model for the rest of the world: layout "compvis", one .safetensors file, or "diffusers", a folder.
+    """Write the model for other programs: layout "compvis", one .safetensors file, or "diffusers".
 
-    In the dtype that it has. `load` gives back the same three networks, tokenizer and sampler; a picture tower and the recipe of
-    the training have no place in the diffusers layout. The single file holds config and tokenizer besides, as metadata that
-    other programs pass over. Raises ValueError for another layout, a wrong name, or a folder that is something else."""
+    In the dtype that it has. `load` gives back the same three networks, tokenizer and sampler; an
+    image encoder is left out, and the diffusers layout has no room for the recipe of the training.
+    The single file holds config and tokenizer as metadata, which other programs ignore. Raises
+    ValueError for another layout, a wrong name, or a folder that holds something else.
+    """
     path = pathlib.Path(path)
     if layout not in ("compvis", "diffusers"):
         raise ValueError(f"layout is {layout!r}; allowed are 'compvis' and 'diffusers'")
     if model.tokenizer is None or model.config.scale_factor is None:
-        raise ValueError("the model has no tokenizer or no scale_factor yet: it is not trained to the end")
+        raise ValueError(
+            "the model has no tokenizer or no scale_factor yet: it is not trained to the end"
+        )
     if layout == "compvis":
-        return save_file(model, path)
+        _save_file(model, path)
+    else:
+        _save_folder(model, path)
+
+
+def _save_file(model: LatentDiffusion, path: pathlib.Path) -> None:
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors")
+    own = {
+        "config": dataclasses.asdict(model.config) | {"image": None},
+        "vocab": model.tokenizer.vocab,
+        "merges": model.tokenizer.merges,
+    }
+    metadata = {"format": "pt", "ldm_minimal": json.dumps(own)}
+    with whole_file(path) as partial:
+        safetensors.torch.save_file(layout_state(model, COMPVIS), partial, metadata)
+
+
+def _save_folder(model: LatentDiffusion, path: pathlib.Path) -> None:
     if path.exists() and not (path / "model_index.json").is_file():
         raise ValueError(f"{path} exists and is no model; choose a new folder")
-    configs = diffusers_configs(model.config)
-    configs["text_encoder"] |= {"bos_token_id": model.tokenizer.start, "eos_token_id": model.tokenizer.end, "pad_token_id": model.tokenizer.end}
-    with _whole_folder(path) as partial:
-        for folder, config in configs.items():
-            name = {"": "model_index.json", "scheduler": "scheduler_config.json"}.get(folder, "config.json")
-            (partial / folder).mkdir(exist_ok=True)
-            (partial / folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for folder, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
-            state = {name.removeprefix(f"{folder}."): tensor for name, tensor in in_their_names(model, 2).items() if name.startswith(f"{folder}.")}
-            safetensors.torch.save_file(state, partial / folder / f"{stem}.safetensors", {"format": "pt"})
+    configs = _diffusers_configs(model.config)
+    configs["text_encoder"] |= {
+        "bos_token_id": model.tokenizer.start,
+        "eos_token_id": model.tokenizer.end,
+        "pad_token_id": model.tokenizer.end,
+    }
+    state = layout_state(model, DIFFUSERS)
+    with whole_folder(path) as partial:
+        _write_json(partial / "model_index.json", MODEL_INDEX)
+        for part, config in configs.items():
+            folder = partial / part
+            folder.mkdir()
+            if part == "scheduler":
+                _write_json(folder / "scheduler_config.json", config)
+                continue
+            _write_json(folder / "config.json", config)
+            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+            own = {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(part)}
+            safetensors.torch.save_file(own, folder / f"{stem}.safetensors", {"format": "pt"})
         save_tokenizer(model.tokenizer, partial / "tokenizer")
 
 
-def save_file(model: LatentDiffusion, path: pathlib.Path) -> None:
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} must end in .safetensors")
-    own = {"config": dataclasses.asdict(model.config) | {"image": None}, "tokenizer": model.tokenizer.engine.to_str()}
-    partial = path.with_name(f".{path.stem}.partial.safetensors")
-    try:
-        safetensors.torch.save_file(in_their_names(model, 1), partial, {"format": "pt", "ldm_minimal": json.dumps(own)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def in_their_names(model: LatentDiffusion, column: int) -> dict[str, Tensor]:
+def layout_state(model: LatentDiffusion, column: int) -> dict[str, Tensor]:
     """Every tensor as the layout names and shapes it."""
-    ours, state = model.state_dict(), {}
-    for row in key_map(model):
-        parts = [ours[name] for name in row[0].split()]
-        whole, names = parts[0] if len(parts) == 1 else torch.cat(parts), row[column].split()
-        for name, part in zip(names, whole.chunk(len(names))):
-            convolution = re.search(r"\.proj_(in|out)\.weight$|mid\.attn_1\.[qkv]\.weight$", name)  # in our classes linear layers
-            state[name] = (part[:, :, None, None] if convolution else part).contiguous()
+    state = translate(model.state_dict(), key_map(model), column)
+    for name, tensor in state.items():
+        # Linear layers in our classes, 1x1 convolutions there.
+        if re.search(r"\.proj_(in|out)\.weight$|mid\.attn_1\.[qkv]\.weight$", name):
+            tensor = tensor[:, :, None, None]
+        state[name] = tensor.contiguous()
     return state
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-    """The two files of CLIP's tokenizer, and what transformers wants to know beside them."""
+    """Write the two files of CLIP's tokenizer, and what transformers wants to know beside them."""
     folder.mkdir()
-    marks = {"bos_token": tokenizer.START, "eos_token": tokenizer.END, "unk_token": tokenizer.END, "pad_token": tokenizer.END}
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.length, "do_lower_case": True} | marks
-    pairs = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges)]
-    (folder / "vocab.json").write_text(json.dumps(tokenizer.vocab, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(pairs) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / "special_tokens_map.json").write_text(json.dumps(marks, indent=2) + "\n", encoding="utf-8")
+    marks = {
+        "bos_token": tokenizer.START,
+        "eos_token": tokenizer.END,
+        "unk_token": tokenizer.END,
+        "pad_token": tokenizer.END,
+    }
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": tokenizer.length,
+        "do_lower_case": True,
+    }
+    _write_json(folder / "vocab.json", tokenizer.vocab)
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges)]
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", settings | marks)
+    _write_json(folder / "special_tokens_map.json", marks)
 
 
-# ------------------------------------------------------------------------------------------------ the published LPIPS ----
+def _write_json(path: pathlib.Path, values: dict) -> None:
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------
+#                                       The published LPIPS
+# ------------------------------------------------------------------------------------------------
+
 
 def published_lpips(vgg: dict[str, Tensor], lpips: dict[str, Tensor]) -> PerceptualLoss:
-    """The perceptual loss that Stable Diffusion's autoencoder was trained with, in place of our own features'.
+    """The perceptual loss with which Stable Diffusion's autoencoder was trained.
 
-    vgg: torchvision's VGG16 state dict; lpips: the linear weights of the `lpips` package (v0.1, vgg). Raises ValueError naming
-    what is missing."""
-    missing = [k for k in ["features.0.weight", "features.28.bias"] if k not in vgg]
-    missing += [k for k in [f"lin{i}.model.1.weight" for i in range(5)] if k not in lpips]
+    vgg: torchvision's VGG16 state dict. lpips: the linear weights of the `lpips` package (v0.1,
+    vgg). Raises ValueError naming what is missing.
+    """
+    layer_weights = [f"lin{i}.model.1.weight" for i in range(5)]
+    missing = [name for name in ("features.0.weight", "features.28.bias") if name not in vgg]
+    missing += [name for name in layer_weights if name not in lpips]
     if missing:
-        raise ValueError(f"vgg or lpips lacks {', '.join(missing)}; they are torchvision's VGG16 and lpips' v0.1 'vgg' weights")
-    return PerceptualLoss(VGGFeatures(vgg), [lpips[f"lin{i}.model.1.weight"].flatten() for i in range(5)])
+        raise ValueError(
+            f"vgg or lpips lacks {', '.join(missing)}; they are torchvision's VGG16 and lpips' v0.1 "
+            "'vgg' weights"
+        )
+    return PerceptualLoss(VGGFeatures(vgg), [lpips[name].flatten() for name in layer_weights])
 
 
 class VGGFeatures(nn.Module):
-    """VGG16's convolutions (Simonyan & Zisserman 2015), read before each pooling; x in [-1, 1], shifted as lpips does."""
+    """VGG16's feature maps before each pooling (Simonyan & Zisserman 2015).
 
-    POOL_BEFORE, NUMBERS = {5, 10, 17, 24}, [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]  # in torchvision's `features`
+    x (B, 3, H, W) in [-1, 1], which is shifted and scaled as lpips does -> five maps, from
+    (B, 64, H, W) to (B, 512, H / 16, W / 16).
+    """
+
+    # Convolutions of each level, by their numbers in torchvision's `features`.
+    LEVELS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+    SHIFT = (-0.030, -0.088, -0.188)
+    SCALE = (0.458, 0.448, 0.450)
 
     def __init__(self, state: dict[str, Tensor]):
         super().__init__()
-        for number in self.NUMBERS:
-            self.register_buffer(f"weight{number}", state[f"features.{number}.weight"])
-            self.register_buffer(f"bias{number}", state[f"features.{number}.bias"])
+        self.weights = nn.ParameterDict()
+        self.biases = nn.ParameterDict()
+        for numbers in self.LEVELS:
+            for number in numbers:
+                self.weights[f"{number}"] = state[f"features.{number}.weight"]
+                self.biases[f"{number}"] = state[f"features.{number}.bias"]
+        self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        shift, scale = x.new_tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[:, None, :, None, None]
-        h, maps = (x - shift) / scale, []
-        for number in self.NUMBERS:
-            if number in self.POOL_BEFORE:
-                maps, h = maps + [h], nn.functional.max_pool2d(h, 2)
-            weight, bias = [getattr(self, f"{name}{number}").to(x.dtype) for name in ("weight", "bias")]
-            h = nn.functional.relu(nn.functional.conv2d(h, weight, bias, padding=1))
-        return maps + [h]
+        shift = x.new_tensor(self.SHIFT).view(1, 3, 1, 1)
+        scale = x.new_tensor(self.SCALE).view(1, 3, 1, 1)
+        h = (x - shift) / scale
+        maps = []
+        for level, numbers in enumerate(self.LEVELS):
+            if level > 0:
+                h = F.max_pool2d(h, 2)
+            for number in numbers:
+                weight = self.weights[f"{number}"].to(x.dtype)
+                bias = self.biases[f"{number}"].to(x.dtype)
+                h = F.relu(F.conv2d(h, weight, bias, padding=1))
+            maps.append(h)
+        return maps
