@@ -1,32 +1,35 @@
-# make train · make test · make lab: each sets up .venv first if it is not there. `make` alone explains.
+# make train, test, check, lab: each installs into .venv first if that is not there. `make` alone explains.
 
 PYTHON ?= python3
 PROMPT ?= a red circle above a blue square
 OUT    ?= runs/shapes
 ARGS   ?=
-# Linux without an NVIDIA GPU: PyPI's torch brings gigabytes of CUDA, pytorch.org's CPU build does not.
-# If that host cannot be reached, pip says so and takes what it finds elsewhere.
+# PyPI's torch for Linux brings several GB of CUDA. Without an NVIDIA GPU, take pytorch.org's CPU build.
+# If that host cannot be reached, pip says so and takes the build that PyPI has.
 TORCH_INDEX ?= $(shell [ "`uname -s`" != Linux ] || command -v nvidia-smi >/dev/null || echo https://download.pytorch.org/whl/cpu)
 
 RUN   := .venv/bin/python
 TORCH := $(shell grep '^torch==' requirements.txt)
+# Both declare a dependency on torchvision, which these tests do not need: installed with --no-deps.
 ALONE := lpips==0.1.4 open_clip_torch==3.3.0
 
-.PHONY: help train test lab clean
+.PHONY: help train test check lint lab clean
 
 help:
 	@echo 'make train   train a text-to-image model on your machine, then draw "$(PROMPT)"'
-	@echo 'make test    run the tests, then every chapter'
+	@echo 'make test    run all tests, then every chapter'
+	@echo 'make check   for contributors: lint, format and the fast tests (a few minutes)'
+	@echo 'make lint    lint and format only (seconds)'
 	@echo 'make lab     open the chapters in JupyterLab'
 	@echo 'make clean   remove .venv and caches (trained models in runs/ and data sets stay)'
 	@echo
 	@echo 'The first of these to run installs everything into .venv (about 2 GB with the CPU build of torch).'
-	@echo 'ARGS="…"         more arguments for the command:   make train ARGS="--steps-denoiser 100"'
-	@echo 'PROMPT="…"       what make train draws:            make train PROMPT="a green triangle"'
-	@echo 'OUT=…            where make train writes:          make train OUT=runs/mine'
-	@echo 'PYTHON=…         another Python, 3.11 or newer:    PYTHON=python3.12 make test'
-	@echo 'TORCH_INDEX=…    where torch comes from:           make test TORCH_INDEX=https://download.pytorch.org/whl/cu126'
-	@echo '                 (by default PyPI; on Linux without an NVIDIA GPU https://download.pytorch.org/whl/cpu)'
+	@echo 'ARGS="..."       more arguments for the command:   make train ARGS="--steps-denoiser 100"'
+	@echo 'PROMPT="..."     what make train draws:            make train PROMPT="a green triangle"'
+	@echo 'OUT=...          where make train writes:          make train OUT=runs/mine'
+	@echo 'PYTHON=...       another Python, 3.11 or newer:    PYTHON=python3.12 make test'
+	@echo 'TORCH_INDEX=...  where torch comes from:           make test TORCH_INDEX=https://download.pytorch.org/whl/cu126'
+	@echo '                 (default: PyPI; on Linux without an NVIDIA GPU https://download.pytorch.org/whl/cpu)'
 
 train: .venv/installed
 	$(RUN) -m ldm_minimal train --out "$(OUT)" $(ARGS)
@@ -36,11 +39,18 @@ test: .venv/installed
 	$(RUN) -m pytest $(ARGS)
 	$(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 300 chapters
 
+check: lint
+	$(RUN) -m pytest -m "not slow" $(ARGS)
+
+lint: .venv/installed
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+
 lab: .venv/installed
 	$(RUN) -m jupyterlab --ServerApp.root_dir="$(or $(wildcard chapters),.)" $(ARGS)
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # .venv/installing becomes .venv/installed when all went well: an interrupted install starts afresh.

@@ -408,10 +408,16 @@ def ddpm_sample(
     start: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """DDPM algorithm 2: all T steps, or those from t = `start` (0 ... T-1) down."""
-    for t, alpha_bar, _ in ddim_timesteps(schedule, schedule.T, start=start):
+    """DDPM algorithm 2: all T steps, or those from t = `start` down.
+
+    generator: of the fresh noise of each step. Raises ValueError unless 0 <= start < T.
+    """
+    first = schedule.T - 1 if start is None else start
+    if not 0 <= first < schedule.T:
+        raise ValueError(f"start is {start}; allowed are 0 to {schedule.T - 1}")
+    for t in range(first, -1, -1):
         eps_hat = predict(z, _full_like_batch(z, t))
-        z0_hat = predict_z0(z, eps_hat, alpha_bar)
+        z0_hat = predict_z0(z, eps_hat, schedule.alpha_bars[t].item())
         noise = _noise_like(z, generator) if t > 0 else None
         z = ddpm_step(schedule, z, t, eps_hat, noise)
         yield t, z, z0_hat
@@ -1012,6 +1018,14 @@ def _first_end(tokens: Tensor) -> Tensor:
     return is_end.int().argmax(dim=1)  # (B,)
 
 
+def _without_padding(tokens: Tensor) -> Tensor:
+    """Drop the columns that are padding in every caption. `pool` gives the same without them.
+
+    Attention is causal: the first end token sees nothing of what follows it.
+    """
+    return tokens[:, : _first_end(tokens).max() + 1]
+
+
 class ImageEncoder(nn.Module):
     """The image tower of our small CLIP: convolutions, then a mean over positions.
 
@@ -1072,9 +1086,6 @@ class CLIP(nn.Module):
         return F.normalize(self.image_encoder(x), dim=-1)
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():  # a compiled network wants one length
-            # Attention is causal: the first end token sees nothing of what follows it.
-            tokens = tokens[:, : _first_end(tokens).max() + 1]
         context = self.text_encoder(tokens)
         return F.normalize(self.text_encoder.pool(tokens, context), dim=-1)
 
@@ -1624,7 +1635,7 @@ class CaptionedImages:
         images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
         bar = tqdm(rows, desc="reading images", disable=not progress, leave=False)
         for i, row in enumerate(bar):
-            images[i] = _read_image(metadata.with_name(row["file_name"]), size)
+            images[i] = _read_image(metadata.parent / row["file_name"], size)
         return cls(images, [row["text"] for row in rows], rows)
 
     def __len__(self) -> int:
@@ -1740,7 +1751,13 @@ class Trainer:
         for i in range(first, first + parts):
             rows = slice(i * size, (i + 1) * size)
             with self.accelerator.accumulate(self.net):
-                yield [v[rows].to(self.accelerator.device, non_blocking=True) for v in batch]
+                yield [self._to_device(values[rows]) for values in batch]
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        device = self.accelerator.device
+        if device.type == "cuda":
+            values = values.pin_memory()  # else the copy would wait for all earlier kernels
+        return values.to(device, non_blocking=True)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch's mean loss; all micro-batches count equally."""
@@ -1829,7 +1846,7 @@ def train_clip(
     config = dataclasses.replace(config, grad_accum_steps=1)
     accelerator = _begin(accelerator, config, data)
     data = data.to(accelerator.device)
-    tokens = clip.tokenizer(data.captions).to(accelerator.device)
+    tokens = _without_padding(clip.tokenizer(data.captions)).to(accelerator.device)
     trainer = Trainer(clip, config, accelerator, slow=clip.text_encoder)
     for step in _steps(config, accelerator, resume_from):
         generator = _step_generator(seed, "clip", step)
@@ -1986,6 +2003,7 @@ def train_denoiser(
 
 def compile_blocks(module: nn.Module) -> None:
     """torch.compile each repeated block, in place: a few shapes compile quickly."""
+    torch._dynamo.config.recompile_limit = 64  # shapes of one class of blocks; the default is 8
     for part in module.modules():
         if isinstance(part, (ResBlock, AttentionBlock, TextBlock, TransformerBlock)):
             part.compile(dynamic=False)

@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
         size=(args.height or image_size, args.width or image_size),
         generator=torch.Generator().manual_seed(args.seed),
     )
-    for _, z, _ in tqdm(trajectory, total=args.steps, desc="denoising", unit="step", leave=False):  # noqa: B007
+    bar = tqdm(trajectory, total=args.steps, desc="denoising", unit="step", leave=False)
+    for _, z, _ in bar:  # noqa: B007
         pass
     with torch.no_grad():
         x = model.decode(z)

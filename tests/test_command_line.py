@@ -6,23 +6,33 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 import warnings
 
 import pytest
 import torch
-from conftest import ROOT, prepare_module
 from PIL import Image
 
-from ldm_minimal import SHAPES, CLIP, LatentDiffusion, Tokenizer
-from ldm_minimal.__main__ import card, frechet, main, mixed_precision, neighbours, picture_grid, retrieval
+from conftest import ROOT, prepare_module
+from ldm_minimal import CLIP, SHAPES, LatentDiffusion, Tokenizer
+from ldm_minimal.__main__ import main
+from ldm_minimal.sample import image_sheet
+from ldm_minimal.train import mixed_precision, model_card, nearest_neighbours
 
-FEW = [f"--{what}-{stage}={value}" for stage in ("clip", "autoencoder", "denoiser") for what, value in (("steps", 2), ("batch", 4))]
+FEW_STEPS = [
+    "--steps-clip=2",
+    "--batch-clip=4",
+    "--steps-autoencoder=2",
+    "--batch-autoencoder=4",
+    "--steps-denoiser=2",
+    "--batch-denoiser=4",
+]
+TRAIN = ["train", "--data", "shapes", "--out", "new", *FEW_STEPS]
+SAMPLE = ["sample", "a red circle", "--model", "run", "--steps", "2"]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a small data set, an untrained model of size SHAPES, and a judge: what the commands below are pointed at."""
+    """What the commands below are pointed at: a data set, an untrained model and an evaluator."""
     root = tmp_path_factory.mktemp("world")
     prepare_module().prepare(root / "shapes", 32, 60, seed=0)
     torch.manual_seed(0)
@@ -31,42 +41,85 @@ def world(tmp_path_factory):
     model.save(root / "unfinished" / "model")
     model.config = dataclasses.replace(SHAPES, scale_factor=1.0)
     model.save(root / "run" / "model")
-    CLIP(model.tokenizer, model.text_encoder, model.image_encoder).save(root / "run" / "judge")
-    shutil.copytree(root / "run" / "model", root / "nojudge" / "model")
+    evaluator = CLIP(model.tokenizer, model.text_encoder, model.image_encoder)
+    evaluator.save(root / "run" / "evaluator")
+    shutil.copytree(root / "run" / "model", root / "no-evaluator" / "model")
     return root
 
 
 @pytest.fixture
 def here(world, tmp_path, monkeypatch):
-    """A copy of the world to spoil, as the current folder (linked, not copied: what is spoilt must be unlinked first)."""
+    """A copy of the world to spoil, as the current folder. Its files are links: unlink first."""
     shutil.copytree(world, tmp_path / "world", copy_function=os.link)
     monkeypatch.chdir(tmp_path / "world")
     return tmp_path / "world"
 
 
-def spoil(path, text=None, cut=None):
-    content = path.read_bytes()[:cut] if cut is not None else None if text is None else text.encode()
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
+# ---- wrong use ---------------------------------------------------------------------------------
+# Each case: the arguments, a function that spoils the world or None, a word of the message.
 
 
-def first_line(folder, **changes):
-    """Change or (None) remove entries of the first caption's line."""
-    path = folder / "shapes" / "train" / "metadata.jsonl"
-    head, *rest = path.read_text().splitlines()
-    row = {k: v for k, v in {**json.loads(head), **changes}.items() if v is not None}
-    spoil(path, "\n".join([json.dumps(row), *rest]))
+def removed(path):
+    return lambda here: (here / path).unlink()
 
 
-def foreign_weights(folder):
-    spoil(folder / "run/model/model.safetensors")
-    shutil.copy(folder / "run/judge/model.safetensors", folder / "run/model")
+def replaced(path, text):
+    def spoil(here):
+        (here / path).unlink()
+        (here / path).write_text(text)
+
+    return spoil
 
 
-TRAIN = ["train", "--data", "shapes", "--out", "new", *FEW]
-SAMPLE = ["sample", "a red circle", "--model", "run", "--steps", "2"]
-WRONG = {  # name: (arguments, how to spoil the world, a word that the message must contain)
+def truncated(path, length):
+    def spoil(here):
+        content = (here / path).read_bytes()
+        (here / path).unlink()
+        (here / path).write_bytes(content[:length])
+
+    return spoil
+
+
+def first_row(**changes):
+    """Change entries of the first caption's line; None removes one."""
+
+    def spoil(here):
+        path = here / "shapes/train/metadata.jsonl"
+        head, *rest = path.read_text().splitlines()
+        row = json.loads(head) | changes
+        row = {name: value for name, value in row.items() if value is not None}
+        path.unlink()
+        path.write_text("\n".join([json.dumps(row), *rest]))
+
+    return spoil
+
+
+def new_folder(path):
+    return lambda here: (here / path).mkdir()
+
+
+def weights_of_another_model(here):
+    (here / "run/model/model.safetensors").unlink()
+    shutil.copy(here / "run/evaluator/model.safetensors", here / "run/model")
+
+
+def foreign_record(here):
+    (here / "odd").mkdir()
+    (here / "odd/run.json").write_text("[]")
+
+
+def no_test_images(here):
+    shutil.rmtree(here / "shapes/test")
+
+
+CONFIG = "run/model/config.json"
+WEIGHTS = "run/model/model.safetensors"
+TOKENIZER = "run/model/tokenizer.json"
+CAPTIONS = "shapes/train/metadata.jsonl"
+IMAGE = "shapes/train/00000.png"
+NOT_WHOLE = "holds no whole model"
+EVALUATE = ["evaluate", "--model", "run", "--data", "shapes"]
+WRONG = {
     "no command": ([], None, "command"),
     "an unknown command": (["draw"], None, "draw"),
     "an unknown option": ([*SAMPLE, "--colour", "red"], None, "--colour"),
@@ -79,42 +132,63 @@ WRONG = {  # name: (arguments, how to spoil the world, a word that the message m
     "a negative seed": ([*SAMPLE, "--seed", "-1"], None, "--seed"),
     "guidance that is no number": ([*SAMPLE, "--guidance", "nan"], None, "--guidance"),
     "negative guidance": ([*SAMPLE, "--guidance", "-3"], None, "--guidance"),
+    "a height that the U-Net cannot halve": ([*SAMPLE, "--height", "36"], None, "multiples of 8"),
     "a model that is not there": ([*SAMPLE, "--model", "nowhere"], None, "does not exist"),
-    "a model that is some file": ([*SAMPLE, "--model", "run/model/config.json"], None, "must be a folder, or end in"),
-    "an empty model folder": ([*SAMPLE, "--model", "empty"], lambda h: (h / "empty").mkdir(), "no config.json"),
-    "a truncated config": (SAMPLE, lambda h: spoil(h / "run/model/config.json", cut=60), "not a whole model"),
-    "a foreign config": (SAMPLE, lambda h: spoil(h / "run/model/config.json", '{"model_type": "bert"}'), "not a whole model"),
-    "truncated weights": (SAMPLE, lambda h: spoil(h / "run/model/model.safetensors", cut=5000), "not a whole model"),
-    "missing weights": (SAMPLE, lambda h: spoil(h / "run/model/model.safetensors"), "not a whole model"),
-    "weights of another model": (SAMPLE, foreign_weights, "not a whole model"),
-    "a missing tokenizer": (SAMPLE, lambda h: spoil(h / "run/model/tokenizer.json"), "tokenizer"),
-    "a broken tokenizer": (SAMPLE, lambda h: spoil(h / "run/model/tokenizer.json", "{"), "not a whole model"),
+    "a model that is some file": ([*SAMPLE, "--model", CONFIG], None, "config.json"),
+    "an empty model folder": ([*SAMPLE, "--model", "a"], new_folder("a"), "no config.json"),
+    "a truncated config": (SAMPLE, truncated(CONFIG, 60), NOT_WHOLE),
+    "a foreign config": (SAMPLE, replaced(CONFIG, '{"model_type": "bert"}'), NOT_WHOLE),
+    "truncated weights": (SAMPLE, truncated(WEIGHTS, 5000), NOT_WHOLE),
+    "missing weights": (SAMPLE, removed(WEIGHTS), NOT_WHOLE),
+    "weights of another model": (SAMPLE, weights_of_another_model, NOT_WHOLE),
+    "a missing tokenizer": (SAMPLE, removed(TOKENIZER), "tokenizer"),
+    "a broken tokenizer": (SAMPLE, replaced(TOKENIZER, "{"), NOT_WHOLE),
     "a model not trained to the end": ([*SAMPLE, "--model", "unfinished"], None, "scale_factor"),
-    "a picture into a file as if a folder": ([*SAMPLE, "--out", "run/model/config.json/out.png"], None, "config.json"),
-    "a picture that is a folder": ([*SAMPLE, "--out", "dir.png"], lambda h: (h / "dir.png").mkdir(), "is a folder"),
-    "a picture of no known kind": ([*SAMPLE, "--out", "out.txt"], None, ".png"),
+    "a tokenizer for a model of ours": ([*SAMPLE, "--tokenizer", "x"], None, "--tokenizer"),
+    "an image inside a file": ([*SAMPLE, "--out", f"{CONFIG}/out.png"], None, "config.json"),
+    "an image that is a folder": ([*SAMPLE, "--out", "d.png"], new_folder("d.png"), "is a folder"),
+    "an image of no known kind": ([*SAMPLE, "--out", "out.txt"], None, ".png"),
     "an unknown size": ([*TRAIN, "--size", "huge"], None, "huge"),
     "a size that is not trained": ([*TRAIN, "--size", "sd1"], None, "sd1"),
     "an unknown precision": ([*TRAIN, "--precision", "int3"], None, "int3"),
-    "too few pictures": (["train", "--count", "5", "--out", "new"], None, "--count"),
-    "another count than is there": ([*TRAIN, "--count", "70"], None, "shapes holds 60 pictures"),
-    "a count of one's own pictures": ([*TRAIN, "--count", "60"], lambda h: (h / "shapes/dataset.json").unlink(), "holds other data"),
-    "data without captions": (TRAIN, lambda h: spoil(h / "shapes/train/metadata.jsonl"), "metadata.jsonl"),
-    "an empty list of captions": (TRAIN, lambda h: spoil(h / "shapes/train/metadata.jsonl", ""), "empty"),
-    "a caption that is missing": (TRAIN, lambda h: first_line(h, text=None), "line 1 has no 'text'"),
-    "a line that is not JSON": (TRAIN, lambda h: spoil(h / "shapes/train/metadata.jsonl", "hello"), "line 1 is not JSON"),
-    "a picture that is missing": (TRAIN, lambda h: first_line(h, file_name="gone.png"), "gone.png"),
-    "a picture that is no picture": (TRAIN, lambda h: spoil(h / "shapes/train/00000.png", "not a picture"), "00000.png"),
-    "a truncated picture": (TRAIN, lambda h: spoil(h / "shapes/train/00000.png", cut=80), "00000.png"),
+    "a mistyped data folder": ([*TRAIN, "--data", "shpaes"], None, "--data shpaes does not exist"),
+    "too few images": (["train", "--count", "5", "--out", "new"], None, "--count"),
+    "another count than is there": ([*TRAIN, "--count", "70"], None, "shapes holds 60 images"),
+    "a count of one's own images": (
+        [*TRAIN, "--count", "60"],
+        removed("shapes/dataset.json"),
+        "holds other data",
+    ),
+    "data without captions": (TRAIN, removed(CAPTIONS), "metadata.jsonl"),
+    "an empty list of captions": (TRAIN, replaced(CAPTIONS, ""), "empty"),
+    "a caption that is missing": (TRAIN, first_row(text=None), "line 1 has no 'text'"),
+    "a line that is not JSON": (TRAIN, replaced(CAPTIONS, "hello"), "line 1 is not JSON"),
+    "an image that is missing": (TRAIN, first_row(file_name="gone.png"), "gone.png"),
+    "an image that is no image": (TRAIN, replaced(IMAGE, "not an image"), "00000.png"),
+    "a truncated image": (TRAIN, truncated(IMAGE, 80), "00000.png"),
     "an out folder with other things": ([*TRAIN, "--out", "shapes"], None, "not empty"),
-    "an out folder inside a file": ([*TRAIN, "--out", "run/model/config.json/x"], None, "config.json"),
-    "a batch larger than the data": ([*TRAIN, "--batch-denoiser", "1000"], None, "--batch-denoiser is 1000"),
-    "a run of another kind": ([*TRAIN, "--out", "odd"], lambda h: [(h / "odd").mkdir(), (h / "odd/run.json").write_text("[]")], "no record"),
-    "a loss that is not finite": ([*TRAIN, "--rate-clip", "1e38", "--steps-clip", "10"], None, "not finite"),
-    "evaluation without a judge": (["evaluate", "--model", "nojudge", "--data", "shapes"], None, "judge"),
-    "evaluation without test pictures": (["evaluate", "--model", "run", "--data", "shapes"],
-                                         lambda h: shutil.rmtree(h / "shapes/test"), "metadata.jsonl"),
+    "an out folder inside a file": ([*TRAIN, "--out", f"{CONFIG}/x"], None, "config.json"),
+    "a batch larger than the data": ([*TRAIN, "--batch-denoiser", "1000"], None, "is 1000"),
+    "a batch that cannot be cut": ([*TRAIN, "--accumulate", "3"], None, "multiples of 3"),
+    "a run of another kind": ([*TRAIN, "--out", "odd"], foreign_record, "no record"),
+    "a loss that is not finite": (
+        [*TRAIN, "--rate-clip", "1e38", "--steps-clip", "10"],
+        None,
+        "not finite",
+    ),
+    "no evaluator": (
+        ["evaluate", "--model", "no-evaluator", "--data", "shapes"],
+        None,
+        "evaluator",
+    ),
+    "no test images": (EVALUATE, no_test_images, "metadata.jsonl"),
+    "no data to evaluate on": ([*EVALUATE, "--data", "nowhere"], None, "does not exist"),
     "information on nothing": (["info", "--model", "nowhere"], None, "does not exist"),
+    "information on a broken folder": (
+        ["info", "--model", "run"],
+        truncated(WEIGHTS, 5000),
+        NOT_WHOLE,
+    ),
 }
 
 
@@ -124,9 +198,9 @@ def files(folder):
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_use_ends_with_one_clear_line(name, here, capsys):
-    arguments, harm, word = WRONG[name]
-    if harm:
-        harm(here)
+    arguments, spoil, word = WRONG[name]
+    if spoil:
+        spoil(here)
     before = files(here)
     try:
         code = main(arguments)
@@ -135,11 +209,27 @@ def test_wrong_use_ends_with_one_clear_line(name, here, capsys):
     errors = capsys.readouterr().err
     message = errors.replace("\r", "\n").strip().splitlines()[-1]
     assert code in (1, 2)
-    assert message.startswith("ldm_minimal") and word in message, message
-    assert "Traceback" not in errors and errors.count("ldm_minimal") == 1
+    assert message.startswith("ldm_minimal")
+    assert word in message, message
+    assert "Traceback" not in errors
+    assert errors.count("ldm_minimal") == 1
     left = {path for path in files(here) - before if not path.startswith("new/")}
-    assert not left and not list(here.rglob("*partial*")), "something half-written is left"
-    assert not list((here / "new").rglob("*.safetensors")), "a model was written that never was trained"
+    assert not left
+    assert not list(here.rglob("*partial*")), "something half-written is left"
+    assert not list((here / "new").rglob("*.safetensors")), "an untrained model was written"
+
+
+def test_a_mistyped_data_folder_is_not_created(here):
+    assert main([*TRAIN, "--data", "shpaes"]) == 1
+    assert not (here / "shpaes").exists()
+
+
+def test_a_new_data_folder_is_drawn_where_a_count_asks_for_it(here):
+    assert main([*TRAIN, "--data", "fresh", "--count", "40", "--captions", "0"]) == 0
+    assert len(list((here / "fresh/train").glob("*.png"))) == 36
+
+
+# ---- train -------------------------------------------------------------------------------------
 
 
 def test_a_run_of_another_seed_is_not_overwritten(here, capsys):
@@ -150,137 +240,188 @@ def test_a_run_of_another_seed_is_not_overwritten(here, capsys):
     assert (here / "new/model/model.safetensors").read_bytes() == before
 
 
-def test_train_from_the_first_picture_to_the_scores(here, capsys):
+def test_train_from_the_first_image_to_the_scores(here, capsys):
     assert main([*TRAIN, "--captions", "4"]) == 0
     said = capsys.readouterr().out
-    for name in ("model", "README.md", "clip.png", "autoencoder.png", "samples.png", "neighbours.png", "log.csv", "scores.json"):
+    for name in ("model", "README.md", "clip.png", "autoencoder.png", "samples.png"):
         assert (here / "new" / name).exists() and name in said
+    for name in ("neighbours.png", "log.csv", "scores.json"):
+        assert (here / "new" / name).exists() and name in said
+    assert not (here / "new/state").exists()
     scores = json.loads((here / "new/scores.json").read_text())
-    assert scores["captions"] == 4 and 0 <= scores["guidance"]["5"]["accuracy"]["all"] <= 1
+    assert scores["captions"] == 4
+    assert 0 <= scores["guidance"]["5"]["accuracy"]["all"] <= 1
     assert "prompt accuracy" in said and "ceiling" in said
-    assert main(["sample", "a red circle above a blue square", "--model", "new", "--steps", "2"]) == 0
+    prompt = "a red circle above a blue square"
+    assert main(["sample", prompt, "--model", "new", "--steps", "2"]) == 0
     assert Image.open(here / "out.png").size == (256, 256)
 
 
-def test_train_on_a_folder_of_ones_own_pictures(here):
+def test_train_on_a_folder_of_ones_own_images(here):
     """Any imagefolder will do: other sizes, transparency, subfolders, no test split."""
     own = here / "own"
     (own / "sub").mkdir(parents=True)
+    rows = []
     for i, mode in enumerate(["RGB", "RGBA", "L", "P"]):
         Image.new(mode, (40 + i, 50)).save(own / "sub" / f"{i}.png")
-    (own / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"sub/{i}.png", "text": f"picture {i}"}) for i in range(4)))
-    assert main(["train", "--data", "own", "--out", "new", *FEW]) == 0
+        rows.append(json.dumps({"file_name": f"sub/{i}.png", "text": f"image {i}"}))
+    (own / "metadata.jsonl").write_text("\n".join(rows))
+    assert main(["train", "--data", "own", "--out", "new", *FEW_STEPS]) == 0
     assert (here / "new/samples.png").exists()
 
 
-def test_sample_is_decided_by_the_seed(here):
-    pictures = []
-    for seed, out in [(0, "a.png"), (0, "b.png"), (1, "c.png")]:
-        assert main([*SAMPLE, "--seed", str(seed), "--out", out]) == 0
-        pictures.append((here / out).read_bytes())
-    assert pictures[0] == pictures[1] != pictures[2]
+def test_the_options_of_train_reach_the_recipe(here):
+    options = ["--accumulate", "2", "--rate-denoiser", "0.001", "--steps-autoencoder", "3"]
+    assert main([*TRAIN, *options, "--captions", "0"]) == 0
+    config = json.loads((here / "new/model/config.json").read_text())
+    denoiser, clip = config["denoiser_training"], config["clip_training"]
+    assert denoiser["learning_rate"] == 0.001
+    assert denoiser["grad_accum_steps"] == 2 and clip["grad_accum_steps"] == 1
+    assert denoiser["batch_size"] == 4 and clip["steps"] == 2
+    # The discriminator joins after the same share of the training: 2,000 of 3,000 steps.
+    assert config["autoencoder_training"]["steps"] == 3 and config["adversarial_start"] == 2
 
 
-def test_several_prompts_make_one_sheet_with_captions(here):
-    assert main(["sample", "a red circle", "a blue square", "--model", "run", "--steps", "2"]) == 0
-    one, two = picture_grid(torch.zeros(1, 3, 32, 32), ["a"], 4).size, Image.open(here / "out.png").size
-    assert two[0] > 1.8 * one[0]
+def test_precision_follows_the_hardware(monkeypatch):
+    for available, capability, expected in (
+        (False, (0, 0), "no"),
+        (True, (7, 5), "fp16"),
+        (True, (9, 0), "bf16"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda capability=capability: capability
+        )
+        assert mixed_precision("auto") == expected
+    assert mixed_precision("fp32") == "no"
+    assert mixed_precision("fp16") == "fp16"
 
 
-def test_a_caption_that_is_too_long_is_cut_and_said(here, capsys):
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")  # pyproject.toml makes errors of our warnings
-        assert main(["sample", "a red circle " * 40 + "and a zebra", "--model", "run", "--steps", "1"]) == 0
-    errors = capsys.readouterr().err
-    assert "cut off" in errors and "and a zebra" in errors and "warnings.warn" not in errors
+class FirstPixel:
+    """Stands for evaluator, model and data set: all that it sees of an image is its first pixel."""
 
-
-def test_evaluate_prints_a_table_or_json(here, capsys):
-    command = ["evaluate", "--model", "run", "--data", "shapes", "--captions", "4", "--guidance", "1", "3"]
-    assert main(command) == 0
-    table = capsys.readouterr().out
-    assert "w = 1" in table and "w = 3" in table and "prompt accuracy" in table
-    assert main([*command, "--json"]) == 0
-    scores = json.loads(capsys.readouterr().out)
-    assert set(scores["guidance"]) == {"1", "3"} and set(scores["ceiling"]) >= {"all", "colour", "shape", "count"}
-
-
-def test_info_counts_stable_diffusion(capsys):
-    assert main(["info", "--size", "sd1"]) == 0
-    said = capsys.readouterr().out
-    assert "859,520,964" in said and "83,653,863" in said and "123,060,480" in said
-
-
-def test_frechet_distance_of_gaussians_has_its_closed_form():
-    """For independent dimensions it is |mu_a - mu_b|^2 + sum (sigma_a - sigma_b)^2."""
-    noise = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noise = (noise - noise.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(noise.T)).T)  # covariance exactly I
-    a, b = noise * torch.tensor([1.0, 2.0, 3.0]), noise * torch.tensor([2.0, 2.0, 1.0]) + torch.tensor([0.0, 5.0, 0.0])
-    assert frechet(a, b) == pytest.approx(25 + 1 + 0 + 4, rel=1e-6)
-    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
-
-
-class Lookup:
-    """A judge and a model in one that see only the colour of a picture's first pixel, and read captions that are numbers."""
-    device, tokenizer = "cpu", staticmethod(lambda captions: torch.tensor([int(caption) for caption in captions]))
+    device = "cpu"
+    captions = ("5", "1", "9")  # in another order than the images
 
     def image_encoder(self, x):
         return torch.nn.functional.one_hot((x[:, 0, 0, 0] * 100).round().long(), 100).float()
 
-    def text_features(self, tokens):
-        return torch.nn.functional.one_hot(tokens, 100).float()
-
-    def generate(self, prompts, **_):
+    def generate(self, prompts, **_options):
         return torch.stack([torch.full((3, 4, 4), int(prompt) / 100) for prompt in prompts])
 
-
-def test_retrieval_counts_the_captions_that_are_found():
-    judge, numbers = Lookup(), [3, 4, 5, 6, 50, 7]
-    rows = [{"text": str(n), "split": "composition" if n != 50 else "test"} for n in numbers]
-    right, wrong = judge.generate([3, 4, 5, 6, 50, 7]), judge.generate([3, 5, 4, 6, 4, 7])
-    assert retrieval(judge, right, rows) == 1 and retrieval(judge, wrong, rows) == 0.6
-    assert retrieval(judge, right, [row | {"split": "test"} for row in rows]) is None
-
-
-def test_neighbours_are_the_nearest_training_pictures(tmp_path, monkeypatch):
-    model, saved = Lookup(), {}
-    monkeypatch.setattr("ldm_minimal.__main__.save_grid", lambda path, x, captions, columns: saved.update(captions=captions, x=x))
-    neighbours(tmp_path / "n.png", model, model, Three())
-    assert saved["captions"] == ["5", "1", "9", "nearest: 1", "nearest: 9", "nearest: 5"]  # captions in another order than the pictures
-
-
-class Three:
-    """A data set whose captions are wrong on purpose, so that it shows which picture was taken for the nearest."""
-    captions = ["5", "1", "9"]
-
-    def pictures(self, index):
-        return Lookup().generate(torch.tensor([9, 5, 1])[index].tolist())
+    def batch(self, index):
+        return self.generate(torch.tensor([9, 5, 1])[index].tolist())
 
     def __len__(self):
         return 3
 
 
+def test_neighbours_are_the_nearest_training_images(tmp_path, monkeypatch):
+    saved = {}
+    monkeypatch.setattr(
+        "ldm_minimal.train.save_sheet",
+        lambda path, x, captions, columns: saved.update(captions=captions),
+    )
+    stand_in = FirstPixel()
+    nearest_neighbours(tmp_path / "n.png", stand_in, stand_in, stand_in)
+    assert saved["captions"] == ["5", "1", "9", "nearest: 1", "nearest: 9", "nearest: 5"]
+
+
 def test_the_card_passes_the_attribution_on(tmp_path):
-    (tmp_path / "dataset.json").write_text(json.dumps({"attribution": "All emojis designed by OpenMoji", "licence": "CC BY-SA 4.0"}))
-    config, args = dataclasses.replace(SHAPES, scale_factor=0.5), types.SimpleNamespace(seed=7)
-    assert "All emojis designed by OpenMoji." in card(config, tmp_path, args) and "CC BY-SA 4.0" in card(config, tmp_path, args)
-    assert "OpenMoji" not in card(config, tmp_path / "elsewhere", args) and "seed 7" in card(config, tmp_path, args)
+    record = {"attribution": "All emojis designed by OpenMoji", "licence": "CC BY-SA 4.0"}
+    (tmp_path / "dataset.json").write_text(json.dumps(record))
+    config = dataclasses.replace(SHAPES, scale_factor=0.5)
+    card = model_card(config, tmp_path, seed=7)
+    assert "All emojis designed by OpenMoji." in card and "CC BY-SA 4.0" in card
+    elsewhere = model_card(config, tmp_path / "elsewhere", seed=7)
+    assert "OpenMoji" not in elsewhere and "seed 7" in elsewhere
 
 
-def test_precision_follows_the_hardware(monkeypatch):
-    for available, capability, expected in [(False, (0, 0), "no"), (True, (7, 5), "fp16"), (True, (9, 0), "bf16")]:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        assert mixed_precision("auto") == expected
-    assert mixed_precision("fp32") == "no" and mixed_precision("fp16") == "fp16"
+# ---- sample ------------------------------------------------------------------------------------
+
+
+def test_sample_is_decided_by_the_seed(here):
+    images = []
+    for seed, out in ((0, "a.png"), (0, "b.png"), (1, "c.png")):
+        assert main([*SAMPLE, "--seed", str(seed), "--out", out]) == 0
+        images.append((here / out).read_bytes())
+    assert images[0] == images[1] != images[2]
+
+
+def test_the_options_of_sample_reach_the_sampler(here, monkeypatch):
+    """Every option has a value that is not its default."""
+    seen = {}
+    denoise = LatentDiffusion.denoise
+
+    def spy(self, prompts, **options):
+        seen.update(options, prompts=prompts)
+        return denoise(self, prompts, **options)
+
+    monkeypatch.setattr(LatentDiffusion, "denoise", spy)
+    options = ["--guidance", "2.5", "--negative", "a blue square", "--height", "40", "--count", "2"]
+    assert main([*SAMPLE, "--steps", "3", "--seed", "4", "--width", "48", *options]) == 0
+    assert seen["prompts"] == ["a red circle"] * 2
+    assert seen["steps"] == 3 and seen["guidance"] == 2.5
+    assert seen["negative"] == "a blue square"
+    assert seen["size"] == (40, 48)
+    assert seen["generator"].initial_seed() == 4
+
+
+def test_height_and_width_are_those_of_the_image(here):
+    assert main([*SAMPLE, "--height", "40", "--width", "48"]) == 0
+    assert Image.open(here / "out.png").size == (48 * 5, 40 * 5)  # enlarged to about 256 pixels
+
+
+def test_several_prompts_make_one_sheet_with_captions(here):
+    assert main(["sample", "a red circle", "a blue square", "--model", "run", "--steps", "2"]) == 0
+    width_of_one = image_sheet(torch.zeros(1, 3, 32, 32), ["a"], columns=4).width
+    assert Image.open(here / "out.png").width > 1.8 * width_of_one
+
+
+def test_a_caption_that_is_too_long_is_cut_and_said(here, capsys):
+    prompt = "a red circle " * 40 + "and a zebra"
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # pyproject.toml makes errors of our warnings
+        assert main(["sample", prompt, "--model", "run", "--steps", "1"]) == 0
+    errors = capsys.readouterr().err
+    assert "cut off" in errors and "and a zebra" in errors
+    assert "warnings.warn" not in errors
+
+
+# ---- evaluate, info, and all of it as a process ------------------------------------------------
+
+
+def test_evaluate_prints_a_table_or_json(here, capsys):
+    command = [*EVALUATE, "--captions", "4", "--guidance", "1", "3"]
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    assert "w = 1" in table and "w = 3" in table and "prompt accuracy" in table
+    assert main([*command, "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert set(scores["guidance"]) == {"1", "3"}
+    assert set(scores["ceiling"]) >= {"all", "colour", "shape", "count"}
+
+
+def test_info_counts_stable_diffusion(capsys):
+    assert main(["info", "--size", "sd1"]) == 0
+    said = capsys.readouterr().out
+    for parameters in ("859,520,964", "83,653,863", "123,060,480"):
+        assert parameters in said
 
 
 def test_as_a_user_types_it_from_another_folder(here):
-    """A real process: no traceback for a typing mistake, and a picture for a right one."""
+    """A real process: no traceback for a typing mistake, and an image for a right command."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = lambda *words: subprocess.run([sys.executable, "-m", "ldm_minimal", *words], cwd=here, env=environment,  # noqa: E731
-                                        capture_output=True, text=True, timeout=120)
+
+    def run(*words):
+        command = [sys.executable, "-m", "ldm_minimal", *words]
+        return subprocess.run(
+            command, cwd=here, env=environment, capture_output=True, text=True, timeout=120
+        )
+
     wrong = run("sampel", "a red circle")
-    assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1 and "sampel" in wrong.stderr
+    assert wrong.returncode == 2
+    assert len(wrong.stderr.strip().splitlines()) == 1 and "sampel" in wrong.stderr
     right = run(*SAMPLE)
-    assert right.returncode == 0 and "out.png" in right.stdout and (here / "out.png").exists(), right.stderr
+    assert right.returncode == 0, right.stderr
+    assert "out.png" in right.stdout and (here / "out.png").exists()

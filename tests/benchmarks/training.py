@@ -1,152 +1,239 @@
-"""How fast the three trainings are: pictures a second, and the share of the machine's matrix rate, eager and compiled.
+"""How fast the trainings are: images a second, share of the matrix rate, operators dispatched.
 
-    python tests/benchmarks/training.py                                # size shapes, on the CPU
-    python tests/benchmarks/training.py --size emoji --device cuda     # bf16; compiled too, by CUDA's inductor
+    python tests/benchmarks/training.py                              # size shapes, on the CPU
+    python tests/benchmarks/training.py --size emoji --device cuda   # bf16, eager and compiled
 
-The stages run by the library's own generators, on random pictures; the denoiser's step beside the same step with diffusers' U-Net, in the
-faster of its memory layouts, takes turns with ours (eager against eager, compiled against compiled). FLOPs are counted over one real step,
-forward and backward, with attention in its plain form; the matrix rate is that of a large product in the same precision, measured first.
+The stages run by the library's own generators, on random images. The denoiser's step takes turns
+with the same step of diffusers' U-Net, eager against eager and compiled against compiled. FLOPs
+are counted over one real step, forward and backward, with attention in its plain form. The matrix
+rate is that of a large product in the same precision. Operators are what PyTorch dispatches in a
+step, each a kernel or more on a GPU.
 """
 
 import argparse
 import dataclasses
 import pathlib
 import sys
-import time
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-TESTS = pathlib.Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "parity"))  # a script, not a test
 
-import reference  # noqa: E402
-from unet import LAYOUTS, interleaved, report  # noqa: E402
+from common import LAYOUTS, interleaved, machine, matrix_rate, now, report
 
-from ldm_minimal import (CLIP, NAMED_SIZES, Attention, CaptionedImages, LatentDiffusion, Tokenizer, UNet, train_autoencoder,  # noqa: E402
-                         train_clip, train_denoiser)
+from ldm_minimal import (
+    CLIP,
+    NAMED_SIZES,
+    Attention,
+    CaptionedImages,
+    LatentDiffusion,
+    Tokenizer,
+    UNet,
+    compile_blocks,
+    train_autoencoder,
+    train_clip,
+    train_denoiser,
+)
 
-
-class Noise(CaptionedImages):
-    """Random pictures with captions: what they show does not change how long a step takes."""
-
-    def __init__(self, count, size, device):
-        self.captions = [f"a picture of number {i}" for i in range(count)]
-        self.images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def finished(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+TRAININGS = ("clip", "autoencoder", "denoiser")
 
 
-def ways(options):
-    return ("eager", "compiled") if options.device == "cuda" or options.compiled else ("eager",)
+class DispatchCounter(TorchDispatchMode):
+    """Counts the operators that reach a device; views cost it nothing and do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
 
 
-def matrix_rate(device, dtype):
-    """FLOP a second of a large matrix product, the best of 10."""
-    n = 8192 if device == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    times = []
-    for _ in range(13):
-        start = finished(device)
-        a @ b
-        times.append(finished(device) - start)
-    return 2 * n**3 / min(times[3:])
+def random_images(count, size, device):
+    """What images show does not change how long a step takes."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    captions = [f"an image of number {i}" for i in range(count)]
+    return CaptionedImages(images.to(device), captions)
 
 
-def stages(config, data, accelerator):
-    """Each stage's generator, made anew: {name: (function that starts it, its recipe)}."""
-    model = LatentDiffusion(dataclasses.replace(config, scale_factor=1.0, adversarial_start=0)).to(accelerator.device)  # with the opponent, from the first
-    model.tokenizer = Tokenizer.train(data.captions, config.text.vocab_size)
-    clip = CLIP(model.tokenizer, model.text_encoder, model.image_encoder)
-    return model, {"clip": (lambda stage: train_clip(clip, data, stage, accelerator=accelerator), config.clip_stage),
-                   "autoencoder": (lambda stage: train_autoencoder(model, data, stage, accelerator=accelerator), config.autoencoder_stage),
-                   "denoiser": (lambda stage: train_denoiser(model, data, stage, accelerator=accelerator), config.denoiser_stage)}
+def recipe_of(config, training):
+    return {
+        "clip": config.clip_training,
+        "autoencoder": config.autoencoder_training,
+        "denoiser": config.denoiser_training,
+    }[training]
 
 
-def compare_stages(config, options, rate):
-    precision = {"cuda": "bf16", "cpu": "no"}[options.device]
-    count = max(stage.batch for stage in (config.clip_stage, config.autoencoder_stage, config.denoiser_stage))
-    data, flops = Noise(count, config.image_size, options.device), {}
-    for how in ways(options):
+def start(training, model, data, recipe, accelerator):
+    """The library's generator of one training."""
+    options = {"accelerator": accelerator}
+    if training == "clip":
+        clip = CLIP(model.tokenizer, model.text_encoder, model.image_encoder)
+        return train_clip(clip, data, recipe, **options)
+    if training == "autoencoder":
+        return train_autoencoder(model, data, recipe, **options)
+    return train_denoiser(model, data, recipe, **options)
+
+
+def flops_of_a_step(model, steps):
+    """Of the next step, forward and backward; the counter does not see inside fused attention."""
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    for attention in attentions:
+        attention.keep_weights = True
+    with FlopCounterMode(display=False) as counter:
+        next(steps)
+    for attention in attentions:
+        attention.keep_weights = False
+        attention.weights = None
+    return counter.get_total_flops()
+
+
+def time_stages(config, options, rate):
+    """Print a line for each training, eager and compiled; return the FLOPs of one image in each."""
+    precision = "bf16" if options.device == "cuda" else "no"
+    count = max(recipe_of(config, training).batch_size for training in TRAININGS)
+    data = random_images(count, config.image_size, options.device)
+    flops = {}
+    for way in ways(options):
         AcceleratorState._reset_state(True)  # else the second Accelerator is the first once more
-        accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=precision, dynamo_backend="inductor" if how == "compiled" else None)
-        model, started = stages(config, data, accelerator)
-        for name, (start, stage) in started.items():
-            training = start(dataclasses.replace(stage, steps=options.steps + 5))
-            next(training)  # the denoiser's first comes with the encoding of all pictures
-            plain = [module for module in model.modules() if isinstance(module, Attention)]
-            for module in plain:
-                module.keep_weights = how == "eager"
-            with FlopCounterMode(display=False) as counter:
-                next(training)
-            if how == "eager":  # a compiled step hides them
-                flops[name] = counter.get_total_flops()
-            for module in plain:
-                module.keep_weights, module.weights = False, None
+        accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=precision)
+        # With the discriminator from the first step on.
+        model = LatentDiffusion(dataclasses.replace(config, scale_factor=1.0, adversarial_start=0))
+        model.to(accelerator.device)
+        model.tokenizer = Tokenizer.train(data.captions, config.text.vocab_size)
+        if way == "compiled":
+            compile_blocks(model)
+        for training in options.only or TRAININGS:
+            recipe = recipe_of(config, training)
+            steps = start(
+                training,
+                model,
+                data,
+                dataclasses.replace(recipe, steps=options.steps + 6),
+                accelerator,
+            )
+            begun = now(options.device)
+            next(steps)  # the denoiser's first comes with the encoding of all images
+            first = now(options.device) - begun
+            if way == "eager":
+                flops[training] = flops_of_a_step(model, steps) / recipe.batch_size
+            with DispatchCounter() as dispatched:
+                next(steps)
             for _ in range(3):
-                next(training)
-            begun = finished(options.device)
+                next(steps)
+            begun = now(options.device)
             for _ in range(options.steps):
-                next(training)
-            seconds = (finished(options.device) - begun) / options.steps
-            print(f"{how:9}{name:12} batch {stage.batch:4}: {stage.batch / seconds:9.1f} pictures a second, {flops[name] / 1e9 / stage.batch:7.3f} GFLOP a picture, "
-                  f"{flops[name] / seconds / rate:.0%} of the measured matrix rate", flush=True)
-    return {name: value / getattr(config, f"{name}_stage").batch for name, value in flops.items()}
+                next(steps)
+            seconds = (now(options.device) - begun) / options.steps
+            share = flops[training] * recipe.batch_size / seconds / rate if training in flops else 0
+            print(
+                f"{way:9}{training:12} batch {recipe.batch_size:4}: "
+                f"{1000 * seconds:8.1f} ms a step, "
+                f"{recipe.batch_size / seconds:9.1f} images a second, {share:.0%} of the rate, "
+                f"{dispatched.count} operators, first step {first:.1f} s",
+                flush=True,
+            )
+            del steps
+    return flops
 
 
 def compare_denoisers(config, options):
-    """Our U-Net's training step and diffusers', forward, backward and fused AdamW, taking turns."""
-    side, random = config.image_size // 2 ** (len(config.autoencoder.mult) - 1), torch.Generator().manual_seed(0)
-    batch, device = config.denoiser_stage.batch, options.device
-    z, eps = torch.randn(2, batch, config.autoencoder.channels, side, side, generator=random).to(device)
-    t, context = torch.randint(1000, (batch,), generator=random).to(device), torch.randn(batch, 77, config.text.width, generator=random).to(device)
-    ours = reference.randomise(UNet(config.unet), random)
-    nets = {"ours": (ours, torch.channels_last)} | {name: (reference.put(ours, reference.unet(config.unet)), layout) for name, layout in LAYOUTS.items()}
+    """Our U-Net's training step and diffusers', forward, backward and fused AdamW, in turns."""
+    import reference  # here: a borrowed GPU machine may lack diffusers
 
-    def step(net, layout, how):
-        net = net.to(device).to(memory_format=layout).train()
-        forward = torch.compile(net) if how == "compiled" else net
+    device = options.device
+    batch = config.denoiser_training.batch_size
+    side = config.image_size // 2 ** (len(config.autoencoder.channel_mult) - 1)
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, batch, config.autoencoder.latent_channels, side, side)
+    z, eps = torch.randn(shape, generator=generator).to(device)
+    t = torch.randint(1000, (batch,), generator=generator).to(device)
+    context = torch.randn(batch, 77, config.text.width, generator=generator).to(device)
+    ours = reference.randomise(UNet(config.unet), generator)
+
+    def training_step(net, layout, way):
+        net.to(device).to(memory_format=layout).train()
+        forward = net
+        if way == "compiled" and net is ours:
+            compile_blocks(net)
+        elif way == "compiled":
+            forward = torch.compile(net, dynamic=False)
         optimizer = torch.optim.AdamW(net.parameters(), 1e-5, fused=True)
 
-        def run():
+        def step():
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 eps_hat = forward(z.contiguous(memory_format=layout), t, context)
-            torch.nn.functional.mse_loss(getattr(eps_hat, "sample", eps_hat).float(), eps).backward()
+            eps_hat = getattr(eps_hat, "sample", eps_hat)
+            F.mse_loss(eps_hat.float(), eps).backward()
             optimizer.step()
             optimizer.zero_grad()
-            finished(device)
-        return run
-    for how in ways(options):
-        report(f"{how}: U-Net training step, batch {batch}", *interleaved({name: step(net, layout, how) for name, (net, layout) in nets.items()}, options.repeats))
+
+        return step
+
+    for way in ways(options):
+        steps = {"ours": training_step(ours, torch.channels_last, way)}
+        for name, layout in LAYOUTS.items():
+            theirs = reference.put(ours.to("cpu"), reference.unet(config.unet))
+            steps[name] = training_step(theirs, layout, way)
+        ours.to(device)
+        title = f"{way}: U-Net training step, batch {batch}"
+        report(title, *interleaved(steps, options.repeats, device))
+
+
+def ways(options):
+    if options.device == "cuda" or options.compiled:
+        return ("eager", "compiled")
+    return ("eager",)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=["shapes", "emoji"], default="shapes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--compiled", action="store_true", help="on the CPU, too; minutes more, and a C++ compiler is needed")
-    parser.add_argument("--batch", type=int, help="of every stage, for a rehearsal (default: each its own)")
+    parser.add_argument(
+        "--compiled", action="store_true", help="on the CPU, too (it needs a C++ compiler)"
+    )
+    parser.add_argument("--batch", type=int, help="of every stage, for a rehearsal")
     parser.add_argument("--steps", type=int, default=10, help="timed, of each stage")
+    parser.add_argument("--only", nargs="+", choices=TRAININGS, help="these stages")
+    parser.add_argument("--no-diffusers", action="store_true", help="without the comparison")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    config, dtype = NAMED_SIZES[options.size], torch.bfloat16 if options.device == "cuda" else torch.float32
-    for stage in ("clip_stage", "autoencoder_stage", "denoiser_stage") if options.batch else ():
-        config = dataclasses.replace(config, **{stage: dataclasses.replace(getattr(config, stage), batch=options.batch)})
+    config = NAMED_SIZES[options.size]
+    if options.batch:
+        small = {}
+        for training in TRAININGS:
+            recipe = recipe_of(config, training)
+            small[f"{training}_training"] = dataclasses.replace(recipe, batch_size=options.batch)
+        config = dataclasses.replace(config, **small)
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     rate = matrix_rate(options.device, dtype)
-    name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} thread(s) of a CPU"
-    print(f"torch {torch.__version__}, {name}, size {config.name}, matrix rate {rate / 1e12:.3g} TFLOP/s in {str(dtype).split('.')[1]}")
-    whole = NAMED_SIZES[options.size]
-    flops = compare_stages(config, options, rate)
-    stages_of = {"clip": (whole.clip_stage, 2), "autoencoder": (whole.autoencoder_stage, 1), "denoiser": (whole.denoiser_stage, 1)}  # CLIP and its judge
-    work = {name: times * stage.steps * stage.batch * flops[name] for name, (stage, times) in stages_of.items()}
-    print("the whole recipe:", ", ".join(f"{name} {value / 1e15:.2f}" for name, value in work.items()), f"= {sum(work.values()) / 1e15:.2f} PFLOP", flush=True)
-    compare_denoisers(config, options)
+    print(
+        f"torch {torch.__version__}, {machine(options.device)}, size {config.name}, "
+        f"matrix rate {rate / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}",
+        flush=True,
+    )
+    flops = time_stages(config, options, rate)
+    total = 0
+    for training, flops_of_an_image in flops.items():
+        recipe = recipe_of(NAMED_SIZES[options.size], training)
+        times = 2 if training == "clip" else 1  # CLIP and the evaluator
+        work = times * recipe.steps * recipe.batch_size * flops_of_an_image
+        total += work
+        print(f"the whole recipe: {training} {work / 1e15:.2f} PFLOP")
+    print(f"the whole recipe: {total / 1e15:.2f} PFLOP", flush=True)
+    if not options.no_diffusers:
+        compare_denoisers(config, options)
 
 
 if __name__ == "__main__":
