@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -149,10 +150,21 @@ def data_folder(
         )
     if count is None:
         count = found.get("count", 20000 if dataset == "shapes" else None)
-    if not found:
-        print(f"drawing captioned images into {folder}", file=sys.stderr)
+    if dataset == "emoji" and not found:
+        _draw_in_many_processes(prepare.__file__, folder, size, count)
     prepare.prepare(folder, size=size, count=count, seed=0)  # does nothing if they are there
     return folder
+
+
+def _draw_in_many_processes(
+    script: str, folder: pathlib.Path, size: int, count: int | None
+) -> None:
+    command = [sys.executable, script, "--size", str(size), "--seed", "0", "--out", str(folder)]
+    if count is not None:
+        command += ["--count", str(count)]
+    done = subprocess.run(command)
+    if done.returncode:
+        raise ValueError(f"the data set could not be drawn: {' '.join(command)} failed")
 
 
 def read_split(folder: pathlib.Path, split: str, size: int) -> CaptionedImages:

@@ -11,98 +11,138 @@ from PIL import Image
 from ldm_minimal import CaptionedImages, TextConfig, TextEncoder, Tokenizer
 
 
-def imagefolder(path, pictures):
+def imagefolder(path, images):
+    """A folder of the images, each with the caption "image <its number>"."""
     path.mkdir()
-    for i, picture in enumerate(pictures):
-        picture.save(path / f"{i}.png")
-    lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i}", "more": i}) for i in range(len(pictures))]
+    lines = []
+    for i, image in enumerate(images):
+        image.save(path / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"image {i}", "more": i}))
     (path / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
     return path
 
 
+def read(path, images, size):
+    return CaptionedImages.from_folder(imagefolder(path, images), size)
+
+
 def test_pixels_and_captions_arrive_unchanged(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    data = CaptionedImages(imagefolder(tmp_path / "set", [Image.fromarray(p) for p in pixels]), 8)
-    assert len(data) == 2 and data.captions == ["picture 0", "picture 1"] and data.rows[1]["more"] == 1
+    data = read(tmp_path / "set", [Image.fromarray(image) for image in pixels], 8)
+    assert len(data) == 2 and data.captions == ["image 0", "image 1"]
+    assert data.rows[1]["more"] == 1
     np.testing.assert_array_equal(data.images.permute(0, 2, 3, 1).numpy(), pixels)
-    torch.testing.assert_close(data.pictures(torch.tensor([1]))[0], torch.from_numpy(pixels[1]).permute(2, 0, 1) / 255 * 2 - 1)
+    x = torch.from_numpy(pixels[1]).permute(2, 0, 1) / 255 * 2 - 1
+    torch.testing.assert_close(data.batch(torch.tensor([1]))[0], x)
 
 
 def test_the_middle_square_is_cut_out_and_resized(tmp_path):
-    """A wide picture, red with a blue middle square: only blue arrives (the filter takes a hundredth from beyond the cut)."""
-    picture = Image.new("RGB", (60, 20), "red")
-    picture.paste("blue", (20, 0, 40, 20))
-    data = CaptionedImages(imagefolder(tmp_path / "set", [picture]), 10)
+    """Of a wide red image with a blue middle square, only blue arrives.
+
+    Nearly: the filter takes a hundredth from beyond the cut.
+    """
+    image = Image.new("RGB", (60, 20), "red")
+    image.paste("blue", (20, 0, 40, 20))
+    data = read(tmp_path / "set", [image], 10)
     red, green, blue = data.images[0].flatten(1).float().mean(dim=1).tolist()
     assert red < 4 and green == 0 and blue > 251
     assert data.images[0, :, 5, 5].tolist() == [0, 0, 255]
 
 
-def test_a_photograph_taken_sideways_stands_upright(tmp_path):
-    picture, exif = Image.new("RGB", (8, 8), "red"), Image.Exif()
-    picture.paste("blue", (0, 0, 8, 4))  # blue above red, marked as lying on its side
+def test_a_photograph_taken_sideways_is_shown_upright(tmp_path):
+    image = Image.new("RGB", (8, 8), "red")
+    image.paste("blue", (0, 0, 8, 4))  # blue above red, marked as lying on its side
+    exif = Image.Exif()
     exif[0x0112] = 6
-    folder = imagefolder(tmp_path / "set", [picture])
-    picture.save(folder / "0.png", exif=exif)
-    assert CaptionedImages(folder, 8).images[0, :, 0, 7].tolist() == [0, 0, 255] and CaptionedImages(folder, 8).images[0, 0, 0, 0] == 255
+    folder = imagefolder(tmp_path / "set", [image])
+    image.save(folder / "0.png", exif=exif)
+    upright = CaptionedImages.from_folder(folder, 8).images[0]
+    assert upright[:, 0, 7].tolist() == [0, 0, 255] and upright[:, 0, 0].tolist() == [255, 0, 0]
 
 
 def test_unusual_line_separators_inside_a_caption_are_kept(tmp_path):
     folder = imagefolder(tmp_path / "set", [Image.new("RGB", (4, 4))])
-    (folder / "metadata.jsonl").write_text('\n{"file_name": "0.png", "text": "a\u2028b"}\r\n', encoding="utf-8-sig")
-    assert CaptionedImages(folder, 4).captions == ["a\u2028b"]
+    line = '\n{"file_name": "0.png", "text": "a\u2028b"}\r\n'
+    (folder / "metadata.jsonl").write_text(line, encoding="utf-8-sig")
+    assert CaptionedImages.from_folder(folder, 4).captions == ["a\u2028b"]
 
 
 def test_transparency_becomes_white_and_grey_becomes_colour(tmp_path):
-    pictures = [Image.new("RGBA", (4, 4), (255, 0, 0, 0)), Image.new("L", (4, 4), 100), Image.new("1", (4, 4), 1)]
-    data = CaptionedImages(imagefolder(tmp_path / "set", pictures), 4)
+    transparent = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    grey = Image.new("L", (4, 4), 100)
+    bits = Image.new("1", (4, 4), 1)
+    data = read(tmp_path / "set", [transparent, grey, bits], 4)
     assert data.images[:, :, 0, 0].tolist() == [[255] * 3, [100] * 3, [255] * 3]
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{", "line 2 is not JSON"), ('{"file_name": "0.png"}', "line 2 has no 'text'"), ('{"text": "a"}', "line 2 has no 'file_name'"),
-    ('{"file_name": "0.png", "text": 3}', "line 2 has no 'text'"), ("[1]", "line 2 has no 'file_name'"),
-    ('{"file_name": "gone.png", "text": "a"}', "gone.png is named .* but does not exist"),
-    ('{"file_name": "metadata.jsonl", "text": "a"}', "metadata.jsonl is not a picture"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", "line 2 has no 'file_name'"),
+        ('{"text": "a"}', "line 2 has no 'file_name'"),
+        ('{"file_name": "0.png"}', "line 2 has no 'text'"),
+        ('{"file_name": "0.png", "text": 3}', "line 2 has no 'text'"),
+        ('{"file_name": "gone.png", "text": "a"}', "gone.png is named .* but does not exist"),
+        ('{"file_name": "metadata.jsonl", "text": "a"}', "metadata.jsonl is not an image"),
+    ],
+)
 def test_errors_name_the_line_or_the_file(tmp_path, line, message):
     path = imagefolder(tmp_path / "set", [Image.new("RGB", (4, 4))])
     (path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n' + line)
     with pytest.raises(ValueError, match=message):
-        CaptionedImages(path, 4)
+        CaptionedImages.from_folder(path, 4)
 
 
 def test_a_folder_without_captions_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="metadata.jsonl does not exist; it holds one"):
-        CaptionedImages(tmp_path, 4)
+        CaptionedImages.from_folder(tmp_path, 4)
+
+
+def test_tensors_need_no_folder():
+    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
+    data = CaptionedImages(images, ["a", "b"])
+    assert len(data) == 2 and data.rows == [{"text": "a"}, {"text": "b"}]
+    torch.testing.assert_close(data.batch(slice(0, 2)), images / 255 * 2 - 1)
 
 
 # ---- the tokenizer ----
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train(["a red circle above a blue square", "a red star"] * 10, 600)
 
 
+def ids_of(tokenizer, pieces):
+    return [tokenizer.vocab[piece] for piece in pieces]
+
+
 def test_a_caption_is_start_pairs_end_and_ends_to_77(tokenizer):
     tokens = tokenizer(["a red circle", ""])
     assert tokens.shape == (2, 77) and tokens.dtype == torch.long
-    assert tokens[0, 0] == tokens[1, 0] == tokenizer.start
+    assert tokens[:, 0].tolist() == [tokenizer.start] * 2
     assert tokenizer.pieces("a red circle") == ["a</w>", "red</w>", "circle</w>"]
-    assert tokens[0, 1:4].tolist() == [tokenizer.vocab[piece] for piece in tokenizer.pieces("a red circle")]
+    assert tokens[0, 1:4].tolist() == ids_of(tokenizer, ["a</w>", "red</w>", "circle</w>"])
     assert (tokens[0, 4:] == tokenizer.end).all() and (tokens[1, 1:] == tokenizer.end).all()
-    assert tokenizer.end == max(tokenizer.vocab.values()) == len(tokenizer.vocab) - 1 == tokenizer.start + 1
+
+
+def test_the_marks_are_the_last_two_of_the_vocabulary(tokenizer):
+    assert sorted(tokenizer.vocab.values()) == list(range(len(tokenizer.vocab)))
+    assert tokenizer.end == len(tokenizer.vocab) - 1 == tokenizer.start + 1
 
 
 def test_case_and_space_do_not_matter_and_anything_has_tokens(tokenizer):
     assert torch.equal(tokenizer(["A  Red\n CIRCLE"]), tokenizer(["a red circle"]))
-    strange = tokenizer(["naïve ☃ 😀 日本 42 don't!"])[0]
-    pieces = tokenizer.pieces("naïve ☃ 😀 日本 42 don't!")
-    assert strange[1:1 + len(pieces)].tolist() == [tokenizer.vocab[piece] for piece in pieces]
+    strange = "naïve ☃ 😀 日本 42 don't!"
+    pieces = tokenizer.pieces(strange)
+    tokens = tokenizer([strange])[0]
+    assert tokens[1 : 1 + len(pieces)].tolist() == ids_of(tokenizer, pieces)
 
 
 def test_a_long_caption_is_cut_with_a_warning_that_says_what_was_cut(tokenizer):
-    with pytest.warns(UserWarning, match="the caption has 80 tokens, 75 fit; cut off: 'a Circle a red star'"):
+    said = "the caption has 80 tokens, 75 fit; cut off: 'a Circle a red star'"
+    with pytest.warns(UserWarning, match=said):
         tokens = tokenizer(["a red Star " * 25 + "a Circle a red star"])
     assert tokens[0, -1] == tokenizer.end and (tokens[0, :-1] != tokenizer.end).all()
     with warnings.catch_warnings():
@@ -123,7 +163,7 @@ def test_a_vocabulary_too_small_for_the_bytes_is_refused():
 
 
 def test_features_are_read_at_the_first_end_token():
-    encoder = TextEncoder(TextConfig(vocab_size=10, width=8, layers=1, heads=2, length=6))
+    config = TextConfig(vocab_size=10, width=8, num_layers=1, num_heads=2, length=6)
     tokens = torch.tensor([[8, 1, 2, 9, 9, 9], [8, 9, 9, 9, 9, 9], [8, 1, 2, 3, 4, 9]])
-    context = torch.arange(18.0).reshape(3, 6, 1).expand(3, 6, 8)
-    assert encoder.pool(tokens, context)[:, 0].tolist() == [3, 7, 17]
+    context = torch.arange(18.0).reshape(3, 6, 1).expand(3, 6, 8)  # (B, length, width)
+    assert TextEncoder(config).pool(tokens, context)[:, 0].tolist() == [3, 7, 17]

@@ -1,18 +1,19 @@
-"""Reads a picture of `shapes` back into its scene, and grades it against a caption; no network anywhere.
+"""Reads an image of `shapes` back into its scene, and grades it against a caption; no network.
 
-    python data/shapes/oracle.py DIR        # grades the test pictures of a data set against their own captions
+    python data/shapes/oracle.py DIR    # grades a data set's test images against their captions
 
-Analysis by synthesis: a bank holds what prepare.py would draw for every shape, radius, place and texture. The picture
-minus its background is cut into connected parts, and each part is explained by the drawing that leaves the least of
-it unexplained. All drawings are compared at once: if m is the share of a pixel that a thing covers, k the share that
-it covers darkly, and D the picture minus its background, then the drawing in a colour with contrast c and a dark
-stroke d is m c + k d, and
+Analysis by synthesis: a bank holds what prepare.py would draw for every shape, radius, position and
+texture. The image minus its background is cut into connected parts, and each part is explained by
+the drawing that leaves the least of it unexplained. All drawings are compared at once: if m is the
+share of a pixel that an object covers, k the share that it covers darkly, and D the image minus its
+background, then the drawing in a colour with contrast c and a dark stroke d is m c + k d, and
 
     |D - (m c + k d)|^2 = |D|^2 - 2 (c . m'D + d . k'D) + c.c m'm + 2 c.d m'k + d.d k'k
 
-needs only the products m'D and k'D with the picture: two matrix products. Everything is compared after one light blur
-(see `soften`), so noise and a blurred autoencoder cost little.
+needs only the products m'D and k'D with the image: two matrix products. Everything is compared
+after one light blur (see `soften`), so that noise and a blurred autoencoder cost little.
 """
+
 import json
 import re
 import sys
@@ -25,18 +26,31 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from prepare import (BACKGROUNDS, COLOURS, RELATIONS, SHADE, SHAPES, SIZES, TEXTURES, WORDS, Scene, Thing, coverage,
-                     relation)
+from prepare import (
+    BACKGROUNDS,
+    COLOURS,
+    RELATIONS,
+    SHADE,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    WORDS,
+    Scene,
+    Thing,
+    coverage,
+    relation,
+)
 
-SIDE = 32  # pictures of another size are resized to this
+SIDE = 32  # images of another size are resized to this
 WINDOW = 23  # pixels around a part that the bank looks at
 RADII = (3.5, 3.8, 4.15, 4.5, 5.0, 5.5, 6.0, 6.4, 6.75, 7.1, 7.45, 7.9)  # pixels
 OFFSETS = (-0.8, -0.4, 0.0, 0.4, 0.8)  # pixels from the part's centre of mass, each way
-BLUR = 0.4  # how blurred the bank expects a picture (see soften); each candidate is then fitted more exactly
+# How blurred the bank expects an image (see soften); each candidate is then fitted more exactly.
+BLUR = 0.4
 KEEP = 4  # candidates of the bank that are fitted more exactly
 MIDDLE = (SIZES["small"] + SIZES["large"]) / 2  # the radius between small and large
-# The share of a part's energy that may stay unexplained; above it the shape is "unknown". Drawn, blurred and noisy
-# things leave up to 0.04 (99 of 100), half-drawn ones 0.10 or more (90 of 100).
+# The share of a part's energy that may stay unexplained; above it the shape is "unknown". Drawn,
+# blurred and noisy objects leave up to 0.04 (99 of 100), half-drawn ones 0.10 or more (90 of 100).
 TOLERANCE = 0.07
 FAINT = 0.13  # less contrast than this (of RGB in [0, 1]) is noise
 FEW = 6  # a part of fewer pixels is a speck, not an object
@@ -44,81 +58,103 @@ UNKNOWN = "unknown"
 PALETTE = np.array(list(COLOURS.values())) / 255  # (8, 3)
 
 
-# ---- reading a picture -----------------------------------------------------------------------------------------
+# ---- reading an image ----------------------------------------------------------------------------
+
 
 def neighbours(plane, reach):
-    """The (H, W) plane shifted by every step of up to `reach` pixels, its edge repeated: (steps, H, W)."""
+    """The (H, W) plane shifted by every step of up to `reach` pixels, its edge repeated."""
     padded = np.pad(plane, reach, mode="edge")
     height, width = plane.shape
-    return np.stack([padded[i:i + height, j:j + width] for i, j in product(range(2 * reach + 1), repeat=2)])
+    steps = product(range(2 * reach + 1), repeat=2)
+    return np.stack([padded[i : i + height, j : j + width] for i, j in steps])  # (steps, H, W)
 
 
 @lru_cache
 def blurring(side, times):
-    """The matrix that blurs a line of `side` pixels by 1/4, 1/2, 1/4, its ends repeated, `times` times."""
+    """The matrix that blurs a line of `side` pixels by 1/4, 1/2, 1/4, its ends repeated."""
     line = np.eye(side) / 2 + (np.eye(side, k=1) + np.eye(side, k=-1)) / 4
     line[0, 0] = line[-1, -1] = 3 / 4
     return np.linalg.matrix_power(line, times)
 
 
 def soften(planes, blur=0.0):
-    """Blurs (..., side, side): once at `blur` 0, three times at 1, and a mixture of the two between."""
-    light, strong = blurring(planes.shape[-1], 1), blurring(planes.shape[-1], 3)
+    """Blurs (..., side, side): once at `blur` 0, three times at 1, and a mixture between."""
+    light = blurring(planes.shape[-1], 1)
+    strong = blurring(planes.shape[-1], 3)
     return (1 - blur) * (light @ planes @ light.T) + blur * (strong @ planes @ strong.T)
 
 
-def standard(picture):
+def standard(image):
     """(H, W, 3) uint8, or float in [0, 1], to (32, 32, 3) float in [0, 1]."""
-    picture = np.asarray(picture)
-    if picture.ndim != 3 or picture.shape[2] != 3 or min(picture.shape[:2]) < 16:
-        raise ValueError(f"picture has shape {picture.shape}; it must be (H, W, 3) with H and W at least 16")
-    if picture.dtype != np.uint8 and not (np.isfinite(picture).all() and picture.min() >= 0 and picture.max() <= 1):
-        raise ValueError(f"picture of {picture.dtype} must be uint8, or finite and in [0, 1]")
-    if picture.shape[:2] != (SIDE, SIDE):
-        whole = picture if picture.dtype == np.uint8 else np.round(picture * 255).astype(np.uint8)
-        picture = np.asarray(Image.fromarray(whole).resize((SIDE, SIDE), Image.Resampling.BOX))
-    return picture / 255.0 if picture.dtype == np.uint8 else picture.astype(float)
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 16:
+        raise ValueError(
+            f"image has shape {image.shape}; it must be (H, W, 3) with H and W at least 16"
+        )
+    whole = image.dtype == np.uint8
+    if not whole and not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
+        raise ValueError(f"image of {image.dtype} must be uint8, or finite and in [0, 1]")
+    if image.shape[:2] != (SIDE, SIDE):
+        image = image if whole else np.round(image * 255).astype(np.uint8)
+        resized = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX)
+        image = np.asarray(resized)
+        whole = True
+    return image / 255.0 if whole else image.astype(float)
 
 
 def connected(mask, start):
-    """The pixels of `mask` that a walk from the pixel `start`, one of them, can reach: (H, W) bool."""
+    """The pixels of `mask` that are connected to the pixel `start`, one of them: (H, W) bool."""
     part = np.zeros_like(mask)
     part[start] = True
-    while ((grown := neighbours(part, 1).any(0) & mask) != part).any():
+    while True:
+        grown = neighbours(part, 1).any(0) & mask
+        if (grown == part).all():
+            return part
         part = grown
-    return part
 
 
 def parts(contrast):
     """Cuts a (H, W) map of contrast into connected parts, largest first: a list of (H, W) bool."""
-    # Half as strong as the strongest nearby: so the soft edges of two things do not join them.
+    # Half as strong as the strongest nearby, so that soft edges do not join two objects.
     left = (contrast > FAINT) & (contrast > 0.42 * neighbours(contrast, 2).max(0))
     found = []
     while left.any():
-        found.append(connected(left, np.unravel_index(np.argmax(left), left.shape)))
-        left = left & ~found[-1]
-    return sorted((part for part in found if part.sum() >= FEW), key=np.sum, reverse=True)
+        part = connected(left, np.unravel_index(np.argmax(left), left.shape))
+        left = left & ~part
+        if part.sum() >= FEW:
+            found.append(part)
+    return sorted(found, key=np.sum, reverse=True)
 
 
 def centre_of_mass(weight):
-    """(x, y) in pixels, a pixel's middle standing at a half."""
+    """(x, y) in pixels; a pixel's middle is at a half."""
     rows, columns = np.indices(weight.shape) + 0.5
     return (weight * columns).sum() / weight.sum(), (weight * rows).sum() / weight.sum()
 
 
 @lru_cache(maxsize=1)
 def bank():
-    """Every candidate for a part: a list of N (shape, texture, x, y, radius), in pixels from the window's middle; their
-    softened m and k, (N, 2, WINDOW * WINDOW) float32; and m'm, m'k, k'm, k'k, (N, 4)."""
-    middle, candidates, covers = WINDOW / 2, [], []
+    """Every candidate for a part: (candidates, covers, energy).
+
+    candidates: a list of N (shape, texture, x, y, radius), in pixels from the window's middle.
+    covers: their softened m and k, (N, 2, WINDOW * WINDOW) float32.
+    energy: their m'm, m'k, k'm, k'k, (N, 4).
+    """
+    middle = WINDOW / 2
+    candidates = []
+    covers = []
     for shape, radius in product(SHAPES, RADII):
-        whole = coverage(Thing(shape, "", "", "plain", 0.5, 0.5, radius / WINDOW), WINDOW)[0]
-        mass_x, mass_y = np.array(centre_of_mass(whole)) - middle
-        for texture, dx, dy in product(TEXTURES if radius > MIDDLE * SIDE else ("plain",), OFFSETS, OFFSETS):
-            x, y = dx - mass_x, dy - mass_y
-            thing = Thing(shape, "", "", texture, (middle + x) / WINDOW, (middle + y) / WINDOW, radius / WINDOW)
+        whole = Thing(shape, "", "", "plain", 0.5, 0.5, radius / WINDOW)
+        mass_x, mass_y = np.array(centre_of_mass(coverage(whole, WINDOW)[0])) - middle
+        textures = TEXTURES if radius > MIDDLE * SIDE else ("plain",)
+        for texture, dx, dy in product(textures, OFFSETS, OFFSETS):
+            x = dx - mass_x
+            y = dy - mass_y
+            moved = replace(
+                whole, texture=texture, x=(middle + x) / WINDOW, y=(middle + y) / WINDOW
+            )
             candidates.append((shape, texture, x, y, radius))
-            covers.append(soften(coverage(thing, WINDOW), BLUR).reshape(2, -1))
+            covers.append(soften(coverage(moved, WINDOW), BLUR).reshape(2, -1))
     covers = np.array(covers, np.float32)
     return candidates, covers, (covers @ covers.transpose(0, 2, 1)).reshape(-1, 4)
 
@@ -129,59 +165,76 @@ def strokes(background):
 
 
 def candidates_for(difference, background):
-    """The best things of the bank for a part's (3, side, side) difference, each of another shape or texture: a list."""
-    column, row = (int(place) for place in centre_of_mass((difference ** 2).sum(0)))
+    """The bank's best objects for a part's (3, side, side) difference, each kind once."""
+    column, row = (int(middle) for middle in centre_of_mass((difference**2).sum(0)))
     reach = WINDOW // 2
-    window = np.pad(difference, ((0, 0), (reach, reach), (reach, reach)))[:, row:row + WINDOW, column:column + WINDOW]
+    padded = np.pad(difference, ((0, 0), (reach, reach), (reach, reach)))
+    window = padded[:, row : row + WINDOW, column : column + WINDOW].reshape(3, -1)
     kinds, covers, energy = bank()
     stroke = strokes(background)
-    products = covers.reshape(-1, WINDOW * WINDOW) @ window.reshape(3, -1).T.astype(np.float32)  # m'D and k'D
-    explained = (2 * products.reshape(-1, 6) @ stroke.reshape(-1, 6).T
-                 - energy @ (stroke @ stroke.transpose(0, 2, 1)).reshape(-1, 4).T)  # (N, 8)
+    products = covers.reshape(-1, WINDOW * WINDOW) @ window.T.astype(np.float32)  # m'D and k'D
+    gained = 2 * products.reshape(-1, 6) @ stroke.reshape(-1, 6).T
+    spent = energy @ (stroke @ stroke.transpose(0, 2, 1)).reshape(-1, 4).T
+    explained = gained - spent  # (N, 8)
     best = {}
-    for place in np.argsort(-explained.max(1)):
-        shape, texture, x, y, radius = kinds[place]
-        colour = list(COLOURS)[explained[place].argmax()]
-        thing = Thing(shape, colour, "", texture, (column + 0.5 + x) / SIDE, (row + 0.5 + y) / SIDE, radius / SIDE)
-        best.setdefault((shape, texture), thing)
+    for i in np.argsort(-explained.max(1)):
+        shape, texture, x, y, radius = kinds[i]
+        if (shape, texture) in best:
+            continue
+        colour = list(COLOURS)[explained[i].argmax()]
+        x = (column + 0.5 + x) / SIDE
+        y = (row + 0.5 + y) / SIDE
+        best[shape, texture] = Thing(shape, colour, "", texture, x, y, radius / SIDE)
         if len(best) == KEEP:
-            return list(best.values())
+            break
+    return list(best.values())
 
 
 def refined(thing, difference, background, step=0.25 / SIDE):
-    """One Gauss-Newton step on (x, y, radius, blur): the moved thing and the energy that it leaves unexplained."""
+    """One Gauss-Newton step on (x, y, radius, blur): the moved object and the energy it leaves."""
     stroke = strokes(background)[list(COLOURS).index(thing.colour)]
 
     def rest(thing, blur):
-        return (difference - np.tensordot(stroke.T, soften(coverage(thing, SIDE), blur), 1)).ravel()
+        drawn = np.tensordot(stroke.T, soften(coverage(thing, SIDE), blur), 1)
+        return (difference - drawn).ravel()
 
     start = rest(thing, BLUR)
-    moved = [rest(replace(thing, **{name: getattr(thing, name) + step}), BLUR) for name in ("x", "y", "radius")]
-    slopes = start - np.stack(moved + [rest(thing, BLUR + 0.25)])  # (4, 3 side side)
-    dx, dy, dradius, dblur = np.clip(np.linalg.lstsq(slopes @ slopes.T, slopes @ start, rcond=None)[0], -2, 2)
+    moved = [
+        rest(replace(thing, x=thing.x + step), BLUR),
+        rest(replace(thing, y=thing.y + step), BLUR),
+        rest(replace(thing, radius=thing.radius + step), BLUR),
+        rest(thing, BLUR + 0.25),
+    ]
+    slopes = start - np.stack(moved)  # (4, 3 side side)
+    solved = np.linalg.lstsq(slopes @ slopes.T, slopes @ start, rcond=None)[0]
+    dx, dy, dradius, dblur = np.clip(solved, -2, 2)
     radius = np.clip(thing.radius + step * dradius, RADII[0] / SIDE, RADII[-1] / SIDE)
     thing = replace(thing, x=thing.x + step * dx, y=thing.y + step * dy, radius=radius)
     return thing, (rest(thing, np.clip(BLUR + 0.25 * dblur, 0, 1.2)) ** 2).sum()
 
 
 def read_part(difference, background):
-    """The thing that explains (3, side, side) `difference` best; the shape "unknown" if even that explains it badly."""
-    tried = [refined(thing, difference, background) for thing in candidates_for(difference, background)]
+    """The object that explains (3, side, side) `difference` best, of shape "unknown" if badly."""
+    candidates = candidates_for(difference, background)
+    tried = [refined(thing, difference, background) for thing in candidates]
     thing, left = min(tried, key=lambda pair: pair[1])
-    known = left < TOLERANCE * (difference ** 2).sum()
-    return replace(thing, size="small" if thing.radius < MIDDLE else "large", shape=thing.shape if known else UNKNOWN)
+    known = left < TOLERANCE * (difference**2).sum()
+    shape = thing.shape if known else UNKNOWN
+    return replace(thing, size="small" if thing.radius < MIDDLE else "large", shape=shape)
 
 
-def read(picture):
-    """The scene in a picture: (H, W, 3) uint8, or float in [0, 1]. What it cannot name is "unknown".
+def read(image):
+    """The scene in an image: (H, W, 3) uint8, or float in [0, 1]. What it cannot name is "unknown".
 
     Raises ValueError for an array of another shape or range.
     """
-    picture = standard(picture)
-    background = np.median(picture, (0, 1))  # things cover less than half of any picture
-    names = {name: np.linalg.norm(background - np.array(rgb) / 255) for name, rgb in BACKGROUNDS.items()}
+    image = standard(image)
+    background = np.median(image, (0, 1))  # objects cover less than half of any image
+    names = {
+        name: np.linalg.norm(background - np.array(rgb) / 255) for name, rgb in BACKGROUNDS.items()
+    }
     nearest = min(names, key=names.get)
-    difference = soften((picture - background).transpose(2, 0, 1))  # (3, side, side)
+    difference = soften((image - background).transpose(2, 0, 1))  # (3, side, side)
     found = parts(np.linalg.norm(difference, axis=0))[:4]
     things = []
     for part in found:
@@ -191,12 +244,14 @@ def read(picture):
     return Scene(nearest if names[nearest] < 0.16 else UNKNOWN, tuple(things))
 
 
-# ---- reading a caption -----------------------------------------------------------------------------------------
+# ---- reading a caption ---------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Stated:
-    """What a caption says: a dict per thing (of "shape", "colour" and, if stated, "size", "texture"); else None."""
-    things: tuple[dict[str, str], ...]
+    """What a caption says; None for a relation or a background that it does not state."""
+
+    things: tuple[dict[str, str], ...]  # "shape", "colour" and, if stated, "size", "texture"
     relation: str | None
     background: str | None
 
@@ -205,32 +260,51 @@ def either(options):
     return "(" + "|".join(sorted(options, key=len, reverse=True)) + ")"
 
 
-MEANING = {word: name for table in (WORDS, RELATIONS) for name, words in table.items() for word in words}
-PHRASE = (f"an? (?:{either(word for words in WORDS.values() for word in words)} )?(?:{either(TEXTURES)} )?"
-          f"{either(COLOURS)} {either(SHAPES)}")
-CAPTION = re.compile(f"{PHRASE}(?: (?:is )?{either(word for words in RELATIONS.values() for word in words)} {PHRASE})?"
-                     f"(?:,? on a {either(BACKGROUNDS)} background)?")
+def meanings(table):
+    """{word: the name that the table has it for}."""
+    found = {}
+    for name, words in table.items():
+        found.update(dict.fromkeys(words, name))
+    return found
+
+
+SIZE_WORDS = meanings(WORDS)
+RELATION_WORDS = meanings(RELATIONS)
+PHRASE = f"an? (?:{either(SIZE_WORDS)} )?(?:{either(TEXTURES)} )?{either(COLOURS)} {either(SHAPES)}"
+CAPTION = re.compile(
+    f"{PHRASE}(?: (?:is )?{either(RELATION_WORDS)} {PHRASE})?"
+    f"(?:,? on a {either(BACKGROUNDS)} background)?"
+)
 
 
 def parse(caption):
     """What a caption states. Raises ValueError if `describe` could not have written it."""
     match = CAPTION.fullmatch(caption)
     if match is None:
-        raise ValueError(f"caption {caption!r} is not like 'a large red circle above a striped blue square on a white "
-                         f"background', with a shape of {', '.join(SHAPES)} in {', '.join(COLOURS)}")
-    words = [MEANING.get(word, word) for word in match.groups()]
-    phrases = [dict(zip(("size", "texture", "colour", "shape"), words[start:start + 4])) for start in (0, 5)]
-    things = tuple({name: word for name, word in one.items() if word} for one in phrases if one["shape"])
-    return Stated(things, words[4], words[9])
+        raise ValueError(
+            f"caption {caption!r} is not like 'a large red circle above a striped blue square on a "
+            f"white background', with a shape of {', '.join(SHAPES)} in {', '.join(COLOURS)}"
+        )
+    words = match.groups()
+    things = []
+    for size, texture, colour, shape in (words[:4], words[5:9]):
+        stated = {"size": SIZE_WORDS.get(size), "texture": texture}
+        stated |= {"colour": colour, "shape": shape}
+        if shape:
+            things.append({name: word for name, word in stated.items() if word})
+    return Stated(tuple(things), RELATION_WORDS.get(words[4]), words[9])
 
 
-# ---- grading a picture -----------------------------------------------------------------------------------------
+# ---- grading an image ----------------------------------------------------------------------------
+
 
 def marks(scene, things, stated):
-    """Which attributes of `stated` hold if `things` are the ones it names, in its order; None is a missing one."""
+    """Which attributes of `stated` hold if `things` are the objects it names; None is missing."""
     found = {"count": len(scene.things) == len(stated.things)}
     for number, (thing, wanted) in enumerate(zip(things, stated.things), 1):
-        found |= {f"{name} {number}": getattr(thing, name, None) == word for name, word in wanted.items()}
+        shown = vars(thing) if thing else {}
+        for name, word in wanted.items():
+            found[f"{name} {number}"] = shown.get(name) == word
     if stated.relation:
         found["relation"] = None not in things and relation(*things) == stated.relation
     if stated.background:
@@ -243,29 +317,37 @@ def grade_scene(scene, caption):
     stated = parse(caption)
     missing = (None,) * len(stated.things)
     orders = permutations(scene.things + missing, len(stated.things))
-    return max((marks(scene, things, stated) for things in orders), key=lambda found: sum(found.values()))
+    tried = [marks(scene, things, stated) for things in orders]
+    return max(tried, key=lambda found: sum(found.values()))
 
 
-def grade(picture, caption):
-    """Which stated attributes the picture shows: {"count": bool, "shape 1": bool, "relation": bool, ...}.
+def grade(image, caption):
+    """Which stated attributes the image shows: {"count": bool, "shape 1": bool, ...}.
 
-    Things are matched to the caption's in the order that makes most attributes hold. The picture is as for `read`;
-    raises ValueError for a picture or a caption that cannot be read.
+    Objects are matched to the caption's in the order that makes most attributes hold. The image is
+    as for `read`; raises ValueError for an image or a caption that cannot be read.
     """
-    return grade_scene(read(picture), caption)
+    return grade_scene(read(image), caption)
 
 
 def main():
-    """Grades the test pictures of a data set against their own captions and prints the share that holds whole."""
-    if len(sys.argv) != 2 or not (metadata := Path(sys.argv[1], "test/metadata.jsonl")).is_file():
-        sys.exit("oracle.py: name one folder that prepare.py wrote: python data/shapes/oracle.py DIR")
+    """Grades the test images of a data set and prints the share that shows all of its caption."""
+    metadata = Path(sys.argv[-1], "test", "metadata.jsonl")
+    if len(sys.argv) != 2 or not metadata.is_file():
+        sys.exit("oracle.py: name a folder that prepare.py made: python data/shapes/oracle.py DIR")
     lines = [json.loads(line) for line in metadata.read_text().splitlines()]
-    pictures = [np.asarray(Image.open(metadata.with_name(line["file_name"])).convert("RGB")) for line in lines]
+    images = []
+    for line in lines:
+        with Image.open(metadata.with_name(line["file_name"])) as file:
+            images.append(np.asarray(file.convert("RGB")))
     bank()  # drawn once, before the clock starts
     start = time.perf_counter()
-    right = [all(grade(picture, line["text"]).values()) for picture, line in zip(pictures, lines)]
+    right = [all(grade(image, line["text"]).values()) for image, line in zip(images, lines)]
     each = (time.perf_counter() - start) / len(lines)
-    print(f"{np.mean(right):.2%} of {len(lines)} pictures hold all of their caption; {1000 * each:.1f} ms a picture")
+    print(
+        f"{np.mean(right):.2%} of {len(lines)} images show all of their caption; "
+        f"{1000 * each:.1f} ms an image"
+    )
 
 
 if __name__ == "__main__":

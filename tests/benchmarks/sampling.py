@@ -33,7 +33,6 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "parity"))  # a script, 
 
 import reference
 from common import LAYOUTS, interleaved, machine, matrix_rate, report
-
 from ldm_minimal import EMOJI, SD1, Attention, LatentDiffusion, Tokenizer
 
 GUIDANCE = 7.5

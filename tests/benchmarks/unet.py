@@ -22,7 +22,6 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "parity"))  # a script, 
 
 import reference
 from common import LAYOUTS, interleaved, report
-
 from ldm_minimal import SHAPES, LatentDiffusion, Tokenizer, UNet
 
 PROMPTS = ["a red circle"] * 16
