@@ -1,19 +1,25 @@
-"""A chapter that kills its kernel fails at once, in the cell that did it; nbval alone notices only at the cell's time limit."""
+"""A chapter that kills its kernel fails at once, in the cell that did it.
+
+nbval alone notices only at the cell's time limit.
+"""
 
 import time
 from queue import Empty
 
 from nbval.kernel import RunningKernel
 
-wait = RunningKernel.get_message
+wait_for_message = RunningKernel.get_message
 
 
 def get_message(kernel: RunningKernel, stream: str, timeout: float | None = None) -> dict:
-    """nbval's own, waiting a second at a time and looking in between whether anybody is still there to answer."""
-    end = time.monotonic() + (float("inf") if timeout is None else timeout)
+    """As nbval's own; but once a second, look whether the kernel is still alive."""
+    if timeout is None:
+        timeout = float("inf")
+    end = time.monotonic() + timeout
     while True:
+        time_left = max(end - time.monotonic(), 0.0)
         try:
-            return wait(kernel, stream, min(1.0, max(end - time.monotonic(), 0.0)))
+            return wait_for_message(kernel, stream, min(1.0, time_left))
         except Empty:
             if not kernel.is_alive():
                 raise RuntimeError("the kernel died in this cell; out of memory?") from None

@@ -46,6 +46,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import safetensors.torch
@@ -1632,10 +1633,13 @@ class CaptionedImages:
                 rows.append(_read_row(line, where=f"{metadata}, line {number}"))
         if not rows:
             raise ValueError(f"{metadata} is empty; it needs one line for each image")
+        paths = [metadata.parent / row["file_name"] for row in rows]
         images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
-        bar = tqdm(rows, desc="reading images", disable=not progress, leave=False)
-        for i, row in enumerate(bar):
-            images[i] = _read_image(metadata.parent / row["file_name"], size)
+        bar = tqdm(total=len(rows), desc="reading images", disable=not progress, leave=False)
+        with bar, ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's global lock
+            for i, image in enumerate(pool.map(lambda path: _read_image(path, size), paths)):
+                images[i] = image
+                bar.update()
         return cls(images, [row["text"] for row in rows], rows)
 
     def __len__(self) -> int:
@@ -2004,6 +2008,7 @@ def train_denoiser(
 def compile_blocks(module: nn.Module) -> None:
     """torch.compile each repeated block, in place: a few shapes compile quickly."""
     torch._dynamo.config.recompile_limit = 64  # shapes of one class of blocks; the default is 8
+    torch._functorch.config.donated_buffer = False  # `adaptive_weight` uses a graph before backward
     for part in module.modules():
         if isinstance(part, (ResBlock, AttentionBlock, TextBlock, TransformerBlock)):
             part.compile(dynamic=False)

@@ -9,6 +9,8 @@ Two layouts are in use. They have different names for the same 1,130 tensors:
     compvis    one file, .safetensors or .ckpt, as CompVis and Runway published it
     diffusers  a folder with model_index.json, unet/, vae/, text_encoder/, scheduler/, tokenizer/
 
+Models of other sizes are written in these layouts, too, with their Config beside the weights.
+
 No code in a file is ever run. Safetensors hold none. A .ckpt is a pickle: torch reads it with
 `weights_only=True`, and a stand-in that does nothing takes the place of the few classes that
 Lightning leaves in such files.
@@ -24,6 +26,7 @@ import pathlib
 import re
 import warnings
 import zipfile
+from collections.abc import Iterator
 
 import safetensors.torch
 import torch
@@ -32,27 +35,11 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 from tqdm.auto import tqdm
 
+from . import ldm
 from .files import whole_file, whole_folder
-from .ldm import (
-    SD1,
-    AttentionBlock,
-    Autoencoder,
-    AutoencoderConfig,
-    Config,
-    Downsample,
-    LatentDiffusion,
-    PerceptualLoss,
-    ResBlock,
-    TextConfig,
-    TextEncoder,
-    Tokenizer,
-    UNet,
-    UNetBlock,
-    UNetConfig,
-    Upsample,
-)
+from .ldm import SD1, Config, LatentDiffusion, PerceptualLoss, Tokenizer
 
-__all__ = ["load", "save", "key_map", "load_tokenizer", "published_lpips"]
+__all__ = ["load", "save", "key_map", "load_tokenizer", "save_tokenizer", "published_lpips"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -127,74 +114,63 @@ def key_map(model: LatentDiffusion) -> list[Row]:
     spaces, are tensors that lie on top of each other in a column with fewer names. A linear layer
     in one language may be a 1x1 convolution in another.
     """
-    text_tower = ("cond_stage_model.transformer.text_model", "text_encoder.text_model")
-    return _tensor_rows(
-        [
-            *_under(("unet", "model.diffusion_model", "unet"), unet_rows(model.unet)),
-            *_under(
-                ("autoencoder", "first_stage_model", "vae"), autoencoder_rows(model.autoencoder)
-            ),
-            *_under(("text_encoder", *text_tower), text_rows(model.text_encoder)),
-        ],
-        model,
-    )
+    unet = ("unet", "model.diffusion_model", "unet")
+    autoencoder = ("autoencoder", "first_stage_model", "vae")
+    text = ("text_encoder", "cond_stage_model.transformer.text_model", "text_encoder.text_model")
+    layers = _under(unet, unet_rows(model.unet))
+    layers += _under(autoencoder, autoencoder_rows(model.autoencoder))
+    layers += _under(text, text_rows(model.text_encoder))
+    return tensor_rows(layers, model)
 
 
-def unet_rows(unet: UNet) -> list[Row]:
-    """The layers of the U-Net.
-
-    CompVis numbers all blocks in one sequence. On the way up, an Upsample is the last part of the
-    block before it.
-    """
-    rows = [
+def unet_rows(unet: ldm.UNet) -> list[Row]:
+    """The layers of a U-Net."""
+    return [
         ("time_mlp.0", "time_embed.0", "time_embedding.linear_1"),
         ("time_mlp.2", "time_embed.2", "time_embedding.linear_2"),
         ("conv_in", "input_blocks.0.0", "conv_in"),
+        *_unet_way_rows("down", unet.down, "input_blocks", first=1),
+        *_under(("middle.0.res", "middle_block.0", "mid_block.resnets.0"), RES_BLOCK),
+        *_under(("middle.0.transformer", "middle_block.1", "mid_block.attentions.0"), TRANSFORMER),
+        *_under(("middle.1.res", "middle_block.2", "mid_block.resnets.1"), RES_BLOCK),
+        *_unet_way_rows("up", unet.up, "output_blocks", first=0),
         ("norm_out", "out.0", "conv_norm_out"),
         ("conv_out", "out.2", "conv_out"),
     ]
 
-    level, number = 0, 0  # of diffusers' blocks: the level, and the block in it
-    for i, layer in enumerate(unet.down):
-        block = f"input_blocks.{i + 1}"
-        if isinstance(layer, UNetBlock):
-            rows += _unet_block_rows(f"down.{i}", block, f"down_blocks.{level}", number)
-            number += 1
-        else:
-            theirs = f"down_blocks.{level}.downsamplers.0.conv"
-            rows.append((f"down.{i}.conv", f"{block}.0.op", theirs))
-            level, number = level + 1, 0
 
-    rows += _under(("middle.0.res", "middle_block.0", "mid_block.resnets.0"), RES_BLOCK)
-    rows += _under(
-        ("middle.0.transformer", "middle_block.1", "mid_block.attentions.0"), TRANSFORMER
-    )
-    rows += _under(("middle.1.res", "middle_block.2", "mid_block.resnets.1"), RES_BLOCK)
-
-    level, number = 0, 0
-    blocks = 0  # of output_blocks so far
-    for i, layer in enumerate(unet.up):
-        if isinstance(layer, UNetBlock):
-            block = f"output_blocks.{blocks}"
-            rows += _unet_block_rows(f"up.{i}", block, f"up_blocks.{level}", number)
+def _unet_way_rows(way: str, layers: nn.ModuleList, compvis: str, first: int) -> list[Row]:
+    """CompVis numbers the blocks through; diffusers begins again in each level."""
+    rows = []
+    block = first - 1
+    level = 0
+    number = 0  # in the level
+    for i, layer in enumerate(layers):
+        level_name = f"{way}_blocks.{level}"
+        if not isinstance(layer, ldm.Upsample):  # for CompVis, the last part of the block before
+            block += 1
+        if isinstance(layer, ldm.UNetBlock):
+            res = (f"{way}.{i}.res", f"{compvis}.{block}.0", f"{level_name}.resnets.{number}")
+            attention = f"{level_name}.attentions.{number}"
+            rows += _under(res, RES_BLOCK)
+            rows += _under(
+                (f"{way}.{i}.transformer", f"{compvis}.{block}.1", attention), TRANSFORMER
+            )
             number += 1
-            blocks += 1
+            continue
+        if isinstance(layer, ldm.Downsample):
+            part = "0.op"
         else:
-            part = 1 if unet.up[i - 1].transformer is None else 2
-            theirs = f"up_blocks.{level}.upsamplers.0.conv"
-            rows.append((f"up.{i}.conv", f"output_blocks.{blocks - 1}.{part}.conv", theirs))
-            level, number = level + 1, 0
+            part = "1.conv" if layers[i - 1].transformer is None else "2.conv"
+        resampler = f"{level_name}.{way}samplers.0.conv"
+        rows.append((f"{way}.{i}.conv", f"{compvis}.{block}.{part}", resampler))
+        level += 1
+        number = 0
     return rows
 
 
-def _unet_block_rows(ours: str, compvis: str, level: str, number: int) -> list[Row]:
-    res = (f"{ours}.res", f"{compvis}.0", f"{level}.resnets.{number}")
-    transformer = (f"{ours}.transformer", f"{compvis}.1", f"{level}.attentions.{number}")
-    return _under(res, RES_BLOCK) + _under(transformer, TRANSFORMER)
-
-
-def autoencoder_rows(autoencoder: Autoencoder) -> list[Row]:
-    """The layers of the autoencoder, each side of which is one sequence of layers in our code."""
+def autoencoder_rows(autoencoder: ldm.Autoencoder) -> list[Row]:
+    """The layers of an autoencoder, each side of which is one sequence of layers in our code."""
     return [
         *_side_rows("encoder", autoencoder.encoder, "down"),
         ("to_moments", "quant_conv", "quant_conv"),
@@ -206,33 +182,36 @@ def autoencoder_rows(autoencoder: Autoencoder) -> list[Row]:
 def _side_rows(side: str, layers: nn.Sequential, way: str) -> list[Row]:
     """The rows of encoder or decoder. CompVis numbers levels by their size, also on the way up."""
     last = len(layers) - 1
-    attention = next(i for i in range(last) if isinstance(layers[i], AttentionBlock))
+    attention = [isinstance(layer, ldm.AttentionBlock) for layer in layers].index(True)
+    middle = range(attention - 1, attention + 2)
     rows = [
         ("0", "conv_in", "conv_in"),
-        *_under((f"{attention - 1}", "mid.block_1", "mid_block.resnets.0"), AUTOENCODER_RES_BLOCK),
-        *_under((f"{attention}", "mid.attn_1", "mid_block.attentions.0"), AUTOENCODER_ATTENTION),
-        *_under((f"{attention + 1}", "mid.block_2", "mid_block.resnets.1"), AUTOENCODER_RES_BLOCK),
+        *_under((f"{middle[0]}", "mid.block_1", "mid_block.resnets.0"), AUTOENCODER_RES_BLOCK),
+        *_under((f"{middle[1]}", "mid.attn_1", "mid_block.attentions.0"), AUTOENCODER_ATTENTION),
+        *_under((f"{middle[2]}", "mid.block_2", "mid_block.resnets.1"), AUTOENCODER_RES_BLOCK),
         (f"{last - 2}", "norm_out", "conv_norm_out"),
         (f"{last}", "conv_out", "conv_out"),
     ]
-    highest_level = sum(isinstance(layer, (Downsample, Upsample)) for layer in layers)
-    level, number = 0, 0  # the level, and the block in it
+    highest = sum(isinstance(layer, (ldm.Downsample, ldm.Upsample)) for layer in layers)
+    level = 0
+    number = 0  # in the level
     for i, layer in enumerate(layers):
-        compvis = f"{way}.{level if way == 'down' else highest_level - level}"
+        compvis = f"{way}.{level if way == 'down' else highest - level}"
         diffusers = f"{way}_blocks.{level}"
-        if isinstance(layer, ResBlock) and abs(i - attention) > 1:
-            names = (f"{i}", f"{compvis}.block.{number}", f"{diffusers}.resnets.{number}")
-            rows += _under(names, AUTOENCODER_RES_BLOCK)
+        if isinstance(layer, ldm.ResBlock) and i not in middle:
+            block = (f"{i}", f"{compvis}.block.{number}", f"{diffusers}.resnets.{number}")
+            rows += _under(block, AUTOENCODER_RES_BLOCK)
             number += 1
-        elif isinstance(layer, (Downsample, Upsample)):
-            theirs = f"{diffusers}.{way}samplers.0.conv"
-            rows.append((f"{i}.conv", f"{compvis}.{way}sample.conv", theirs))
-            level, number = level + 1, 0
+        elif isinstance(layer, (ldm.Downsample, ldm.Upsample)):
+            resampler = f"{diffusers}.{way}samplers.0.conv"
+            rows.append((f"{i}.conv", f"{compvis}.{way}sample.conv", resampler))
+            level += 1
+            number = 0
     return _under((side, side, side), rows)
 
 
-def text_rows(text_encoder: TextEncoder) -> list[Row]:
-    """The layers of the text tower."""
+def text_rows(text_encoder: ldm.TextEncoder) -> list[Row]:
+    """The layers of a text tower."""
     rows = _alike(
         ("token_embedding", "embeddings.token_embedding"),
         ("position_embedding", "embeddings.position_embedding"),
@@ -246,41 +225,37 @@ def text_rows(text_encoder: TextEncoder) -> list[Row]:
 
 def _under(prefixes: Row, rows: list[Row]) -> list[Row]:
     """The same rows, each column's names under its prefix."""
-    deeper = []
-    for row in rows:
-        columns = zip(prefixes, row)
-        deeper.append(tuple(_for_each(f"{prefix}.{{}}", names) for prefix, names in columns))
-    return deeper
+    return [tuple(map(_under_one, prefixes, row)) for row in rows]
 
 
-def _tensor_rows(rows: list[Row], module: nn.Module) -> list[Row]:
-    """From layers to the weights and biases that `module` has."""
+def _under_one(prefix: str, names: str) -> str:
+    return " ".join(f"{prefix}.{name}" for name in names.split())
+
+
+def tensor_rows(rows: list[Row], module: nn.Module) -> list[Row]:
+    """From layers to their weights and biases, without those that `module` has not."""
     ours = module.state_dict()
     tensors = []
     for row in rows:
-        for kind in ("weight", "bias"):
-            names = tuple(_for_each(f"{{}}.{kind}", names) for names in row)
+        for kind in (".weight", ".bias"):
+            names = tuple(column.replace(" ", f"{kind} ") + kind for column in row)
             if names[OURS].split()[0] in ours:
                 tensors.append(names)
     return tensors
-
-
-def _for_each(form: str, names: str) -> str:
-    return " ".join(form.format(name) for name in names.split())
 
 
 def translate(state: dict[str, Tensor], rows: list[Row], column: int) -> dict[str, Tensor]:
     """Tensors under our names -> the same tensors under the names of another column."""
     translated = {}
     for row in rows:
+        parts = [state[name] for name in row[OURS].split()]
         names = row[column].split()
-        parts = _restack([state[name] for name in row[OURS].split()], len(names))
-        translated |= dict(zip(names, parts))
+        translated |= dict(zip(names, _restack(parts, len(names))))
     return translated
 
 
 def _restack(parts: list[Tensor], count: int) -> list[Tensor]:
-    """The same rows in `count` tensors of equal height."""
+    """The tensors on top of each other, cut into `count` of equal height."""
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     return list(whole.chunk(count))
 
@@ -289,17 +264,13 @@ def _restack(parts: list[Tensor], count: int) -> list[Tensor]:
 #                                             Reading
 # ------------------------------------------------------------------------------------------------
 
-OLD_NAMES = [  # of earlier generations of files, as regular expressions -> today's
-    (r"(mid_block\.attentions\.0)\.query\.", r"\1.to_q."),
-    (r"(mid_block\.attentions\.0)\.key\.", r"\1.to_k."),
-    (r"(mid_block\.attentions\.0)\.value\.", r"\1.to_v."),
-    (r"(mid_block\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
-    # some single files, and transformers 5
-    (
-        r"^(text_encoder|cond_stage_model\.transformer)\.(?=embeddings\.|encoder\.|final_layer_)",
-        r"\1.text_model.",
-    ),
-]
+OLD_NAMES = {  # of the autoencoder's attention, in the first generation of diffusers' files
+    ".query.": ".to_q.",
+    ".key.": ".to_k.",
+    ".value.": ".to_v.",
+    ".proj_attn.": ".to_out.0.",
+}
+TEXT_TOWERS = ("cond_stage_model.transformer.", "text_encoder.")
 IGNORED = re.compile(  # what official files hold besides the model
     r"""
     model_ema\..*            # the average of the weights, once more
@@ -327,6 +298,11 @@ STAND_INS = [  # classes that a checkpoint may name although its tensors do not 
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
 ]
+WEIGHTS = {  # folders with weights, and what their files are called
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
 
 
 class Inert:
@@ -347,7 +323,7 @@ def load(
     tokenizer: str | os.PathLike | Tokenizer | None = None,
     progress: bool = False,
 ) -> LatentDiffusion:
-    """Stable Diffusion 1.x from one file (.safetensors, .ckpt) or a `diffusers` folder, in eval mode.
+    """Read one file (.safetensors, .ckpt) or a `diffusers` folder. Returns a model in eval mode.
 
     dtype: None for float32. device: None for the CPU; "meta" checks the file and reads neither
     weights nor tokenizer. tokenizer: one that is loaded, or what `load_tokenizer` takes; None for
@@ -360,107 +336,98 @@ def load(
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_dir():
-        column = DIFFUSERS
-        config = _folder_config(path)
-        files = _folder_files(path, dtype)  # by the prefix that their tensors' names get
-        own_tokenizer = path / "tokenizer"
+        own = path / "ldm_minimal.json"
+        model = _described_model(path, own.read_bytes() if own.is_file() else None)
+        _check_configs(path, model.config)
+        rows = [(ours, diffusers) for ours, _, diffusers in key_map(model)]
+        files = _folder_files(path)
+        tokenizer = tokenizer or path / "tokenizer"
     else:
-        column = COMPVIS
-        config, own_tokenizer = _file_config(path)
+        model = _described_model(path, _file_description(path))
+        rows = [(ours, compvis) for ours, compvis, _ in key_map(model)]
         files = {"": path}
-    model = _empty_model(path, config)
 
     like = model.state_dict()
-    rows = {}
+    rows_of = {}
     for prefix, file in files.items():
-        rows[prefix] = [
-            (row[OURS], row[column]) for row in key_map(model) if row[column].startswith(prefix)
-        ]
-        _check_tensors(file, _tensors(file, prefix), rows[prefix], like)
+        rows_of[prefix] = [row for row in rows if row[1].startswith(prefix)]
+        _check_tensors(file, _open_tensors(file, prefix), rows_of[prefix], like)
     if device.type == "meta":
         return model.eval()
 
-    model.tokenizer = _fitting_tokenizer(path, tokenizer or own_tokenizer, config.text)
+    model.tokenizer = _fitting_tokenizer(path, tokenizer or model.tokenizer, model.config.text)
     state = {}
+    bar = tqdm(total=len(rows), desc=f"reading {path.name}", disable=not progress, leave=False)
     for prefix, file in files.items():
-        state |= _read(file, prefix, rows[prefix], like, dtype or torch.float32, device, progress)
+        for name, tensor in _read(file, prefix, rows_of[prefix]):
+            tensor = tensor.reshape(like[name].shape)
+            layout = torch.contiguous_format if tensor.ndim < 4 else torch.channels_last
+            state[name] = tensor.to(device, dtype or torch.float32, copy=True, memory_format=layout)
+            bar.update()
+    bar.close()
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def _empty_model(path: pathlib.Path, config: Config) -> LatentDiffusion:
-    try:
-        with torch.device("meta"):
-            return LatentDiffusion(config)
-    except Exception as error:  # torch raises many kinds
-        raise ValueError(f"{path}: its config describes no model that works ({error})") from None
-
-
 def _read(
-    path: pathlib.Path,
-    prefix: str,
-    rows: list[tuple[str, str]],
-    like: dict[str, Tensor],
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: bool,
-) -> dict[str, Tensor]:
-    """The file's tensors under our names, each read straight into its dtype and device.
+    path: pathlib.Path, prefix: str, rows: list[tuple[str, str]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The file's tensors under our names, one after the other.
 
-    The file is mapped. What was read of it stays in memory until it is closed, so it is opened
-    again after every 128 MB.
+    What was read of a mapped file stays in memory until it is closed. So it is opened again after
+    every 128 MB.
     """
-    tensors = _tensors(path, prefix)
+    tensors = _open_tensors(path, prefix)
     bytes_read = 0
-    state = {}
-    bar = tqdm(rows, desc=f"reading {prefix}{path.name}", disable=not progress, leave=False)
-    for ours, theirs in bar:
+    for ours, theirs in rows:
         if bytes_read > 2**27:
-            tensors = _tensors(path, prefix)
+            tensors = _open_tensors(path, prefix)
             bytes_read = 0
         parts = [tensors[name] for name in theirs.split()]
         bytes_read += sum(part.nbytes for part in parts)
         names = ours.split()
-        for name, part in zip(names, _restack(parts, len(names))):
-            is_convolution = like[name].ndim == 4
-            layout = torch.channels_last if is_convolution else torch.contiguous_format
-            part = part.reshape(like[name].shape)
-            state[name] = part.to(device, dtype, copy=True, memory_format=layout)
-    return state
+        yield from zip(names, _restack(parts, len(names)))
 
 
-def _tensors(path: pathlib.Path, prefix: str) -> dict[str, Tensor]:
-    """The file's tensors by today's names, with `prefix` before them."""
-    tensors = {prefix + name: tensor for name, tensor in _open_tensors(path).items()}
-    for old, new in OLD_NAMES:
-        tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
-    return tensors
+def _open_tensors(path: pathlib.Path, prefix: str = "") -> dict[str, Tensor]:
+    """The file's tensors by today's names, with `prefix` before them.
 
-
-def _open_tensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """The file's tensors by name, mapped: their bytes are read from the disk when they are used."""
+    The file is mapped: a tensor's bytes are read from the disk when they are used.
+    """
     if path.suffix not in (".safetensors", ".ckpt", ".bin"):
         raise ValueError(f"{path} must be a folder, or end in .safetensors or .ckpt")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        stand_ins = [(Inert, name) for name in STAND_INS]
-        with safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
-            can_map = zipfile.is_zipfile(path)
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+            found = safetensors.torch.load_file(path)
+        else:
+            found = _open_pickle(path)
     except Exception as error:  # both libraries raise many kinds
+        problem = "cannot be read: it is cut off, or not what its name says"
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(
-                f"{path} names {code[1]}, which is code and no tensor; it was not run, and the file "
-                "is not read"
-            ) from None
-        raise ValueError(
-            f"{path} cannot be read: it is cut off, or not what its name says"
-        ) from None
+            problem = f"names {code[1]}, which is code and no tensor; nothing was run or read"
+        raise ValueError(f"{path} {problem}") from None
+    return {_today(prefix + name): t for name, t in found.items() if isinstance(t, Tensor)}
+
+
+def _open_pickle(path: pathlib.Path) -> dict:
+    stand_ins = [(Inert, name) for name in STAND_INS]
+    with safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
+        can_map = zipfile.is_zipfile(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+    if isinstance(found, dict):
+        found = found.get("state_dict", found)
     if not isinstance(found, dict):
         return {}
-    found = found.get("state_dict", found)
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    return {str(name): value for name, value in found.items()}
+
+
+def _today(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    for tower in TEXT_TOWERS:  # some single files, and transformers 5, leave "text_model." out
+        if name.startswith(tower) and not name.startswith(f"{tower}text_model."):
+            name = f"{tower}text_model.{name.removeprefix(tower)}"
+    return name
 
 
 def _check_tensors(
@@ -469,75 +436,83 @@ def _check_tensors(
     rows: list[tuple[str, str]],
     like: dict[str, Tensor],
 ) -> None:
-    """Raise ValueError unless every tensor is accounted for, on both sides."""
+    """Raise ValueError unless each tensor of the file has its row, and each row its tensors."""
     for sign, what in OTHER_MODELS.items():
         if any(sign in name.lower() for name in found):
             raise ValueError(f"{path} is {what}; Stable Diffusion 1 is read here")
-
     wanted = {}
     for ours, theirs in rows:
-        height = sum(len(like[name]) for name in ours.split())
-        other_sizes = like[ours.split()[0]].shape[1:]
         names = theirs.split()
-        wanted |= {name: (height // len(names), *other_sizes) for name in names}
-
-    unlike = []
-    for name in wanted.keys() & found.keys():
-        if _as_linear(found[name].shape) != _as_linear(wanted[name]):
-            shapes = f"{_times(found[name].shape)}, not {_times(wanted[name])}"
-            unlike.append(f"{name}: {shapes}")
+        height = sum(len(like[name]) for name in ours.split()) // len(names)
+        wanted |= {name: [height, *like[ours.split()[0]].shape[1:]] for name in names}
+    shapes = {name: list(found[name].shape) for name in wanted if name in found}
+    unlike = [name for name in shapes if _as_linear(shapes[name]) != _as_linear(wanted[name])]
     problems = {
         "missing": [name for name in wanted if name not in found],
         "left over": [n for n in found if n not in wanted and not IGNORED.fullmatch(n)],
-        "of another shape": sorted(unlike),
+        "of another shape": [f"{name}: {shapes[name]}, not {wanted[name]}" for name in unlike],
     }
     said = []
     for problem, names in problems.items():
         if names:
-            examples = names[:3] + ["..."] * (len(names) > 3)
-            said.append(f"{len(names)} {problem} ({', '.join(examples)})")
+            examples = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            said.append(f"{len(names)} {problem} ({examples})")
     if said:
         raise ValueError(f"{path} is not Stable Diffusion 1: of its tensors {'; '.join(said)}")
 
 
-def _as_linear(shape: tuple[int, ...]) -> tuple[int, ...]:
-    is_1x1_convolution = tuple(shape[2:]) == (1, 1)
-    return tuple(shape[:2]) if is_1x1_convolution else tuple(shape)
+def _as_linear(shape: list[int]) -> list[int]:
+    is_1x1_convolution = shape[2:] == [1, 1]
+    return shape[:2] if is_1x1_convolution else shape
 
 
-def _times(shape: tuple[int, ...]) -> str:
-    return " x ".join(str(size) for size in shape)
+def _folder_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The file of each part, by the prefix of its tensors in the key map: safetensors first."""
+    files = {}
+    for part, stem in WEIGHTS.items():
+        pickle = "pytorch_model.bin" if stem == "model" else f"{stem}.bin"
+        names = [f"{stem}.safetensors", f"{stem}.fp16.safetensors", pickle]
+        found = [path / part / name for name in names if (path / part / name).is_file()]
+        if not found:
+            raise ValueError(f"{path / part} holds no weights; one of {', '.join(names)} is needed")
+        files[f"{part}."] = found[0]
+    return files
 
 
 # ------------------------------------------------------------------------------------------------
 #                                             Configs
 # ------------------------------------------------------------------------------------------------
+# Official files do not say what they are, or say it in diffusers' words. They are Stable Diffusion
+# 1, or refused. `save` adds a description of its own, so that other sizes can be read back.
 
 SCHEDULES = {  # our kind of schedule -> diffusers' beta_schedule, beta_start and beta_end
     "scaled-linear": ("scaled_linear", 0.00085, 0.012),
     "linear": ("linear", 1e-4, 0.02),
     "cosine": ("squaredcos_cap_v2", 1e-4, 0.02),
 }
-# These may differ from what we write: names, image sizes, and the choice of a sampler.
-NOT_COMPARED = {"_class_name", "architectures", "model_type", "sample_size", "clip_sample"}
-NOT_COMPARED |= {"timestep_spacing", "set_alpha_to_one", "steps_offset"}
+# What may differ from the configs that we would write: names, image sizes, the sampler. Other
+# values may be missing, unless the default of diffusers or transformers is another.
+NOT_COMPARED = {"_class_name", "model_type", "sample_size"}
+NOT_COMPARED |= {"clip_sample", "timestep_spacing", "set_alpha_to_one", "steps_offset"}
+NEEDED = {"block_out_channels", "hidden_size", "num_attention_heads"}
+NEEDED |= {"beta_schedule", "beta_start", "beta_end"}
 
 
 def _diffusers_configs(config: Config) -> dict[str, dict]:
-    """The configs of diffusers' parts, by their folders.
+    """The configs of diffusers' parts, by their files.
 
-    Besides our own numbers they hold those options, at the only value that our classes have, that
-    would change the network and leave its tensors as they are.
+    Beside our own numbers are those options that change a network but not its tensors, with the
+    only value that our classes have.
     """
     unet, vae, text = config.unet, config.autoencoder, config.text
-    block_kinds = []
+    kinds = []
     for level in range(len(unet.channel_mult)):
-        attention = "CrossAttn" if level in unet.attention_levels else ""
-        block_kinds.append(attention + "{}Block2D")
+        has_attention = level in unet.attention_levels
+        kinds.append("CrossAttn{}Block2D" if has_attention else "{}Block2D")
     vae_levels = len(vae.channel_mult)
     beta_schedule, beta_start, beta_end = SCHEDULES[config.schedule]
     return {
-        "unet": {
+        "unet/config.json": {
             "_class_name": "UNet2DConditionModel",
             "sample_size": config.image_size // 2 ** (vae_levels - 1),
             "in_channels": unet.latent_channels,
@@ -548,8 +523,8 @@ def _diffusers_configs(config: Config) -> dict[str, dict]:
             "num_attention_heads": None,
             "cross_attention_dim": unet.context_width,
             "norm_num_groups": unet.num_groups,
-            "down_block_types": [kind.format("Down") for kind in block_kinds],
-            "up_block_types": [kind.format("Up") for kind in reversed(block_kinds)],
+            "down_block_types": [kind.format("Down") for kind in kinds],
+            "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
             "act_fn": "silu",
             "norm_eps": 1e-5,
             "center_input_sample": False,
@@ -561,9 +536,8 @@ def _diffusers_configs(config: Config) -> dict[str, dict]:
             "downsample_padding": 1,
             "mid_block_scale_factor": 1,
         },
-        "vae": {
+        "vae/config.json": {
             "_class_name": "AutoencoderKL",
-            "sample_size": config.image_size,
             "latent_channels": vae.latent_channels,
             "block_out_channels": [vae.width * mult for mult in vae.channel_mult],
             "layers_per_block": vae.num_res_blocks,
@@ -574,8 +548,7 @@ def _diffusers_configs(config: Config) -> dict[str, dict]:
             "scaling_factor": config.scale_factor,
             "shift_factor": None,
         },
-        "text_encoder": {
-            "architectures": ["CLIPTextModel"],
+        "text_encoder/config.json": {
             "model_type": "clip_text_model",
             "vocab_size": text.vocab_size,
             "hidden_size": text.width,
@@ -586,7 +559,7 @@ def _diffusers_configs(config: Config) -> dict[str, dict]:
             "hidden_act": "quick_gelu",
             "layer_norm_eps": 1e-5,
         },
-        "scheduler": {
+        "scheduler/scheduler_config.json": {
             "_class_name": "DDIMScheduler",
             "num_train_timesteps": config.T,
             "beta_schedule": beta_schedule,
@@ -596,85 +569,26 @@ def _diffusers_configs(config: Config) -> dict[str, dict]:
             "rescale_betas_zero_snr": False,
             "prediction_type": "epsilon",
             "clip_sample": False,
-            "thresholding": False,
             "timestep_spacing": config.spacing,
             "set_alpha_to_one": config.spacing == "trailing",
-            "steps_offset": 1,  # "leading" ends at t = 1
+            "steps_offset": 1,  # of "leading": the last timestep
         },
     }
 
 
-def _config_from_diffusers(name: str, unet: dict, vae: dict, text: dict, scheduler: dict) -> Config:
-    """The inverse of `_diffusers_configs`; where an old file says nothing, Stable Diffusion's values."""
-    for key in ("attention_head_dim", "layers_per_block", "cross_attention_dim"):
-        if isinstance(unet.get(key), list):
-            raise ValueError(f"{key} = {unet[key]}; our classes have one number for all levels")
-    kinds = {beta_schedule: kind for kind, (beta_schedule, _, _) in SCHEDULES.items()}
-    unet_channels, vae_channels = unet["block_out_channels"], vae["block_out_channels"]
-    down = unet["down_block_types"]
-    is_trailing = scheduler.get("timestep_spacing") == "trailing"
-    return Config(
-        name=name,
-        image_size=unet.get("sample_size", 64) * 2 ** (len(vae_channels) - 1),
-        text=TextConfig(
-            vocab_size=text["vocab_size"],
-            width=text["hidden_size"],
-            num_layers=text["num_hidden_layers"],
-            num_heads=text["num_attention_heads"],
-            length=text.get("max_position_embeddings", 77),
-        ),
-        image=None,
-        autoencoder=AutoencoderConfig(
-            width=vae_channels[0],
-            channel_mult=tuple(c // vae_channels[0] for c in vae_channels),
-            num_res_blocks=vae["layers_per_block"],
-            latent_channels=vae["latent_channels"],
-            num_groups=vae.get("norm_num_groups", 32),
-        ),
-        unet=UNetConfig(
-            latent_channels=unet["in_channels"],
-            width=unet_channels[0],
-            channel_mult=tuple(c // unet_channels[0] for c in unet_channels),
-            num_res_blocks=unet["layers_per_block"],
-            attention_levels=tuple(i for i in range(len(down)) if down[i].startswith("CrossAttn")),
-            num_heads=unet.get("attention_head_dim", 8),
-            context_width=unet["cross_attention_dim"],
-            num_groups=unet.get("norm_num_groups", 32),
-        ),
-        schedule=kinds[scheduler["beta_schedule"]],
-        T=scheduler["num_train_timesteps"],
-        spacing="trailing" if is_trailing else "leading",
-        scale_factor=vae.get("scaling_factor", 0.18215),
-    )
-
-
-def _folder_config(path: pathlib.Path) -> Config:
-    """The Config of a `diffusers` folder. Raises ValueError for what our classes do not cover."""
+def _check_configs(path: pathlib.Path, config: Config) -> None:
+    """Raise ValueError unless the configs of a `diffusers` folder say what ours would say."""
     pipeline = _read_json(path, "model_index.json").get("_class_name")
     if pipeline != "StableDiffusionPipeline":
         raise ValueError(f"{path} holds a {pipeline}; a StableDiffusionPipeline is read here")
-    found = {
-        "unet": _read_json(path, "unet/config.json"),
-        "vae": _read_json(path, "vae/config.json"),
-        "text_encoder": _read_json(path, "text_encoder/config.json"),
-        "scheduler": _read_json(path, "scheduler/scheduler_config.json"),
-    }
-    try:
-        config = _config_from_diffusers(path.name, *found.values())
-        expected = _diffusers_configs(config)
-    except Exception as error:  # whatever a missing or odd value leads to
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{path}: its configs do not describe a Stable Diffusion 1 ({reason})"
-        ) from None
-    for folder, values in found.items():  # what our config cannot say comes out different
-        for key, ours in expected[folder].items():
-            if key not in NOT_COMPARED and values.get(key, ours) != ours:
+    for name, expected in _diffusers_configs(config).items():
+        found = _read_json(path, name)
+        for key, value in expected.items():
+            found_value = found.get(key, None if key in NEEDED else value)
+            if key not in NOT_COMPARED and found_value != value:
                 raise ValueError(
-                    f"{path / folder}: its config has {key} = {values[key]!r}; only {ours!r} is "
-                    "possible in our classes"
+                    f"{path / name} describes another model: {key} = {found_value!r}, not {value!r}"
                 )
-    return config
 
 
 def _read_json(folder: pathlib.Path, name: str) -> dict:
@@ -683,45 +597,34 @@ def _read_json(folder: pathlib.Path, name: str) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{folder} is no `diffusers` folder: it has no {name}") from None
     except (ValueError, OSError):
-        raise ValueError(f"{folder / name} cannot be read as JSON") from None
+        found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{folder / name} cannot be read as JSON: it holds no object")
+        raise ValueError(f"{folder / name} cannot be read as JSON")
     return found
 
 
-def _folder_files(path: pathlib.Path, dtype: torch.dtype | None) -> dict[str, pathlib.Path]:
-    """The weights of each part, as {"unet.": file, ...}: safetensors before pickles.
-
-    Where half precision is asked for, the variant in half precision comes first.
-    """
-    endings = [".safetensors", ".fp16.safetensors", ".bin"]
-    if dtype == torch.float16:
-        endings = [".fp16.safetensors", ".safetensors", ".bin"]
-    files = {}
-    for part in ("unet", "vae", "text_encoder"):
-        names = [WEIGHTS[part] + ending for ending in endings]
-        there = [path / part / name for name in names if (path / part / name).is_file()]
-        if not there:
-            raise ValueError(f"{path / part} holds no weights; one of {', '.join(names)} is needed")
-        files[f"{part}."] = there[0]
-    return files
+def _file_description(path: pathlib.Path) -> str | None:
+    """What `save` wrote into a single file: JSON with config, vocab and merges."""
+    _open_tensors(path)  # raises for a file that cannot be read
+    if path.suffix != ".safetensors":
+        return None
+    with safetensors.safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("ldm_minimal")
 
 
-def _file_config(path: pathlib.Path) -> tuple[Config, Tokenizer | None]:
-    """Config and tokenizer of a single file: those that `save` wrote, else SD1 and None."""
-    _open_tensors(path)  # which says what is wrong with the file
-    own = None
-    if path.suffix == ".safetensors":
-        with safetensors.safe_open(path, framework="pt") as file:
-            own = (file.metadata() or {}).get("ldm_minimal")
-    if own is None:
-        return SD1, None
+def _described_model(path: pathlib.Path, description: str | bytes | None) -> LatentDiffusion:
+    """A model without weights: the described one, else Stable Diffusion 1."""
     try:
-        own = json.loads(own)
-        config = Config.from_dict(own["config"])
-        return config, Tokenizer(own["vocab"], own["merges"], config.text.length)
-    except Exception:  # `tokenizers` raises bare ones
+        described = json.loads(description or "{}")
+        config = Config.from_dict(described["config"]) if description else SD1
+        with torch.device("meta"):
+            model = LatentDiffusion(config)
+        if "vocab" in described:
+            vocab, merges = described["vocab"], described["merges"]
+            model.tokenizer = Tokenizer(vocab, merges, config.text.length)
+    except Exception:  # a file may say anything
         raise ValueError(f"{path} says that it is ours, but its config cannot be read") from None
+    return model
 
 
 # ------------------------------------------------------------------------------------------------
@@ -744,9 +647,9 @@ def load_tokenizer(path: str | os.PathLike | None = None, length: int = 77) -> T
     path = _tokenizer_from_hub() if path is None else pathlib.Path(path)
     try:
         if path.name.endswith(".gz"):
-            lines = gzip.open(path, "rt", encoding="utf-8").read().splitlines()
-            used = 49408 - 2 * 256 - 2 + 1  # with the headline; CLIP was trained without the rest
-            return Tokenizer.from_merges(_merges(lines[:used]), length)
+            lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+            num_merges = 49408 - 2 * 256 - 2  # CLIP was trained without the rest
+            return Tokenizer.from_merges(_merges(lines)[:num_merges], length)
         if (path / "vocab.json").is_file():
             vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
             lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
@@ -766,32 +669,31 @@ def _merges(lines: list[str]) -> list[tuple[str, str]]:
 
 def _tokenizer_from_hub() -> pathlib.Path:
     """The folder in which huggingface_hub keeps CLIP's tokenizer; downloaded once."""
-    problem = "a single file holds no tokenizer, and"
-    instead = f"give a tokenizer (--tokenizer PATH): {TOKENIZERS}"
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import logging
+
+        logging.set_verbosity_error()  # its warnings say at length what the line below says
+        for name in ("vocab.json", "merges.txt"):
+            file = hf_hub_download(HUB, name, etag_timeout=5)
+        return pathlib.Path(file).parent
     except ImportError:
-        raise ValueError(
-            f"{problem} huggingface_hub is not installed; pip install it, or {instead}"
-        ) from None
-    logging.set_verbosity_error()  # its warnings say at length what the line below says
-    try:
-        hf_hub_download(HUB, "merges.txt", etag_timeout=5)
-        return pathlib.Path(hf_hub_download(HUB, "vocab.json", etag_timeout=5)).parent
+        problem = "huggingface_hub is not installed; pip install it, or"
     except Exception as error:  # the hub's client raises many kinds
-        reason = type(error).__name__
-        raise ValueError(f"{problem} the hub cannot be reached ({reason}); {instead}") from None
+        problem = f"the hub cannot be reached ({type(error).__name__});"
+    raise ValueError(
+        f"a single file holds no tokenizer, and {problem} give one (--tokenizer PATH): {TOKENIZERS}"
+    )
 
 
 def _fitting_tokenizer(
-    path: pathlib.Path, tokenizer: str | os.PathLike | Tokenizer | None, text: TextConfig
+    path: pathlib.Path, tokenizer: str | os.PathLike | Tokenizer | None, text: ldm.TextConfig
 ) -> Tokenizer:
-    """The tokenizer, loaded. Raises ValueError unless it is one for this text encoder."""
+    """The tokenizer, loaded. Raises ValueError unless the text encoder has a row for each entry."""
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer, text.length)
     entries = len(tokenizer.vocab)
-    # Ours may have fewer entries than the text encoder has rows, CLIP's has as many.
+    # Tokenizers of our own may have fewer entries; CLIP's has as many.
     if entries > text.vocab_size or (text == SD1.text and entries < text.vocab_size):
         raise ValueError(
             f"the tokenizer has {entries:,} entries, the text encoder of {path} {text.vocab_size:,}"
@@ -819,10 +721,9 @@ MODEL_INDEX = {
 def save(model: LatentDiffusion, path: str | os.PathLike, layout: str = "diffusers") -> None:
     """Write the model for other programs: layout "compvis", one .safetensors file, or "diffusers".
 
-    In the dtype that it has. `load` gives back the same three networks, tokenizer and sampler; an
-    image encoder is left out, and the diffusers layout has no room for the recipe of the training.
-    The single file holds config and tokenizer as metadata, which other programs ignore. Raises
-    ValueError for another layout, a wrong name, or a folder that holds something else.
+    In the dtype that it has. `load` gives back all but the image encoder. Other programs ignore
+    the description of the model that lies beside its weights. Raises ValueError for another layout,
+    a wrong name, a model that is not trained, or a folder that holds something else.
     """
     path = pathlib.Path(path)
     if layout not in ("compvis", "diffusers"):
@@ -831,30 +732,27 @@ def save(model: LatentDiffusion, path: str | os.PathLike, layout: str = "diffuse
         raise ValueError(
             "the model has no tokenizer or no scale_factor yet: it is not trained to the end"
         )
+    description = {"config": dataclasses.asdict(model.config) | {"image": None}}
     if layout == "compvis":
-        _save_file(model, path)
+        _save_file(model, path, description)
     else:
-        _save_folder(model, path)
+        _save_folder(model, path, description)
 
 
-def _save_file(model: LatentDiffusion, path: pathlib.Path) -> None:
+def _save_file(model: LatentDiffusion, path: pathlib.Path, description: dict) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors")
-    own = {
-        "config": dataclasses.asdict(model.config) | {"image": None},
-        "vocab": model.tokenizer.vocab,
-        "merges": model.tokenizer.merges,
-    }
-    metadata = {"format": "pt", "ldm_minimal": json.dumps(own)}
+    description |= {"vocab": model.tokenizer.vocab, "merges": model.tokenizer.merges}
+    metadata = {"format": "pt", "ldm_minimal": json.dumps(description)}
     with whole_file(path) as partial:
         safetensors.torch.save_file(layout_state(model, COMPVIS), partial, metadata)
 
 
-def _save_folder(model: LatentDiffusion, path: pathlib.Path) -> None:
+def _save_folder(model: LatentDiffusion, path: pathlib.Path, description: dict) -> None:
     if path.exists() and not (path / "model_index.json").is_file():
         raise ValueError(f"{path} exists and is no model; choose a new folder")
     configs = _diffusers_configs(model.config)
-    configs["text_encoder"] |= {
+    configs["text_encoder/config.json"] |= {
         "bos_token_id": model.tokenizer.start,
         "eos_token_id": model.tokenizer.end,
         "pad_token_id": model.tokenizer.end,
@@ -862,21 +760,20 @@ def _save_folder(model: LatentDiffusion, path: pathlib.Path) -> None:
     state = layout_state(model, DIFFUSERS)
     with whole_folder(path) as partial:
         _write_json(partial / "model_index.json", MODEL_INDEX)
-        for part, config in configs.items():
-            folder = partial / part
-            folder.mkdir()
-            if part == "scheduler":
-                _write_json(folder / "scheduler_config.json", config)
-                continue
-            _write_json(folder / "config.json", config)
-            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            own = {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(part)}
-            safetensors.torch.save_file(own, folder / f"{stem}.safetensors", {"format": "pt"})
+        _write_json(partial / "ldm_minimal.json", description)
+        for name, config in configs.items():
+            (partial / name).parent.mkdir()
+            _write_json(partial / name, config)
+        for folder, stem in WEIGHTS.items():
+            prefix = f"{folder}."
+            part = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+            file = partial / folder / f"{stem}.safetensors"
+            safetensors.torch.save_file(part, file, {"format": "pt"})
         save_tokenizer(model.tokenizer, partial / "tokenizer")
 
 
 def layout_state(model: LatentDiffusion, column: int) -> dict[str, Tensor]:
-    """Every tensor as the layout names and shapes it."""
+    """Every tensor as COMPVIS or DIFFUSERS names and shapes it."""
     state = translate(model.state_dict(), key_map(model), column)
     for name, tensor in state.items():
         # Linear layers in our classes, 1x1 convolutions there.
@@ -887,24 +784,13 @@ def layout_state(model: LatentDiffusion, column: int) -> dict[str, Tensor]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-    """Write the two files of CLIP's tokenizer, and what transformers wants to know beside them."""
+    """Write the two files of CLIP's tokenizer, and what diffusers' pipeline asks beside them."""
     folder.mkdir()
-    marks = {
-        "bos_token": tokenizer.START,
-        "eos_token": tokenizer.END,
-        "unk_token": tokenizer.END,
-        "pad_token": tokenizer.END,
-    }
-    settings = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": tokenizer.length,
-        "do_lower_case": True,
-    }
-    _write_json(folder / "vocab.json", tokenizer.vocab)
     merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges)]
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.length}
+    _write_json(folder / "vocab.json", tokenizer.vocab)
     (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
-    _write_json(folder / "tokenizer_config.json", settings | marks)
-    _write_json(folder / "special_tokens_map.json", marks)
+    _write_json(folder / "tokenizer_config.json", settings)
 
 
 def _write_json(path: pathlib.Path, values: dict) -> None:
@@ -928,8 +814,8 @@ def published_lpips(vgg: dict[str, Tensor], lpips: dict[str, Tensor]) -> Percept
     missing += [name for name in layer_weights if name not in lpips]
     if missing:
         raise ValueError(
-            f"vgg or lpips lacks {', '.join(missing)}; they are torchvision's VGG16 and lpips' v0.1 "
-            "'vgg' weights"
+            f"vgg or lpips lacks {', '.join(missing)}; needed are torchvision's VGG16 and "
+            "lpips' v0.1 'vgg' weights"
         )
     return PerceptualLoss(VGGFeatures(vgg), [lpips[name].flatten() for name in layer_weights])
 

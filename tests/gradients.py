@@ -1,39 +1,69 @@
-"""Run by test_training.py, alone and under `torch.distributed.run` (gloo): saves the gradients of one step of two trainings.
+"""The gradients of the first step of each training, in one process or in several.
 
-    python tests/gradients.py DATA OUT
+Run under `torch.distributed.run`, each process computes its share of a batch of 8:
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/gradients.py DATA OUT [DEVICE]
 """
 
+import dataclasses
+import os
+import subprocess
 import sys
 
 import torch
-from accelerate import Accelerator
-from conftest import tiny_model
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from accelerate import InitProcessGroupKwargs
 
-from ldm_minimal import CLIP, CaptionedImages, Stage, train_clip, train_denoiser
-
-
-def gradient(training, module):
-    """The gradient that the optimizer is handed at the first step, as one vector (after averaging over processes)."""
-    seen = []
-    hook = register_optimizer_step_pre_hook(
-        lambda *_: seen.append(torch.cat([p.grad.flatten() for p in module.parameters()]).clone()))
-    next(training)
-    hook.remove()
-    return seen[0]
+from conftest import RecordingAccelerator, clip_of, tiny_model
+from ldm_minimal import (
+    CaptionedImages,
+    TrainConfig,
+    train_autoencoder,
+    train_clip,
+    train_denoiser,
+)
 
 
-def main(folder, out):
-    accelerator = Accelerator(cpu=True)
-    data = CaptionedImages(folder + "/train", 16)
+def first_gradients(data, accelerator, grad_accum_steps=1):
+    """{network: the gradient of the first batch, as one vector, averaged over processes}."""
     model = tiny_model(data)
-    clip = CLIP(model.tokenizer, model.text_encoder, model.image_encoder)
-    result = {"processes": accelerator.num_processes,
-              "denoiser": gradient(train_denoiser(model, data, Stage(1, 8, 1e-3), accelerator=accelerator), model.unet),
-              "clip": gradient(train_clip(clip, data, Stage(1, 8, 1e-3), accelerator=accelerator), clip)}
+    # The adaptive weight is each process's own, so the adversarial loss is left out of the sum.
+    model.config = dataclasses.replace(model.config, adversarial_start=0, adversarial_weight=0.0)
+    config = TrainConfig(
+        steps=1, batch_size=8, learning_rate=1e-3, grad_accum_steps=grad_accum_steps
+    )
+    names = ["denoiser", "autoencoder", "discriminator"]
+    accelerator.gradients.clear()
+    next(train_denoiser(model, data, config, accelerator=accelerator))
+    next(train_autoencoder(model, data, config, accelerator=accelerator))
+    if accelerator.device.type == "cpu":  # gloo does not gather what lies on a GPU
+        names.append("clip")
+        next(train_clip(clip_of(model), data, config, accelerator=accelerator))
+    return dict(zip(names, accelerator.gradients, strict=True))
+
+
+def main(folder, out, device="cpu"):
+    data = CaptionedImages.from_folder(f"{folder}/train", 16)
+    gloo = InitProcessGroupKwargs(backend="gloo")  # two processes may share a GPU
+    accelerator = RecordingAccelerator(cpu=device == "cpu", kwargs_handlers=[gloo])
+    result = {
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "whole": first_gradients(data, accelerator),
+        "in two parts": first_gradients(data, accelerator, grad_accum_steps=2),
+    }
     if accelerator.is_main_process:
         torch.save(result, out)
     accelerator.end_training()
+
+
+def run_in_two_processes(folder, out, device="cpu"):
+    """What `main` saves, from two processes that share the batch."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, __file__, str(folder), str(out), device]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(out, weights_only=True)
 
 
 if __name__ == "__main__":

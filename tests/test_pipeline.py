@@ -4,166 +4,288 @@ import dataclasses
 import json
 
 import pytest
+import safetensors.torch
 import torch
-from conftest import TINY
+import torch.nn.functional as F
 
-import ldm_minimal
-from ldm_minimal import CLIP, SD1, SHAPES, Config, LatentDiffusion, NoiseSchedule, ddim_sample, guided_eps
+from conftest import TINY, clip_of, seeded
+from ldm_minimal import (
+    CLIP,
+    NAMED_SIZES,
+    Config,
+    LatentDiffusion,
+    NoiseSchedule,
+    ddim_sample,
+    guided_eps,
+)
+from ldm_minimal.files import recover_folder, save_in_files_of, whole_folder
 
 PROMPTS = ["a red circle", "a small blue star"]
+close = torch.testing.assert_close
 
 
-def draw(model, seed=0, **settings):
-    return model.generate(PROMPTS, generator=torch.Generator().manual_seed(seed), **{"steps": 4, **settings})
+def draw(model, seed=0, steps=4, **options):
+    return model.generate(PROMPTS, generator=seeded(seed), steps=steps, **options)
 
 
-def test_a_picture_is_decided_by_generator_prompt_and_settings(tiny):
+def assert_same_weights(model, other):
+    weights, other_weights = model.state_dict(), other.state_dict()
+    assert weights.keys() == other_weights.keys()
+    for name, value in weights.items():
+        assert torch.equal(value, other_weights[name]), name
+
+
+# ---- drawing -----------------------------------------------------------------------------------
+
+
+def test_an_image_is_decided_by_generator_prompt_and_options(tiny):
     x = draw(tiny)
-    assert x.shape == (2, 3, 16, 16) and x.min() >= -1 and x.max() <= 1
+    assert x.shape == (2, 3, 16, 16)
+    assert x.min() >= -1 and x.max() <= 1
     assert torch.equal(x, draw(tiny))
-    for changed in (draw(tiny, seed=1), draw(tiny, guidance=2.0), draw(tiny, negative="a heart"), draw(tiny, steps=5), draw(tiny, eta=1.0)):
-        assert not torch.equal(x, changed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 1},
+        {"guidance": 2.0},
+        {"negative": "a heart"},
+        {"steps": 5},
+        {"eta": 1.0},
+        {"spacing": "leading"},
+    ],
+)
+def test_every_option_changes_the_image(tiny, changed):
+    assert not torch.equal(draw(tiny), draw(tiny, **changed))
+
+
+def test_noise_of_eta_comes_from_the_generator(tiny):
+    torch.manual_seed(1)
+    x = draw(tiny, eta=1.0)
+    torch.manual_seed(2)
+    assert torch.equal(x, draw(tiny, eta=1.0))
 
 
 @torch.no_grad()
 def test_generate_is_embed_denoise_decode(tiny):
-    """The same picture from the parts, with nothing prepared and nothing cached."""
-    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    """The same image from the parts, with nothing prepared and nothing cached."""
+    z = torch.randn(2, 4, 8, 8, generator=seeded())
     context = torch.cat([tiny.embed(["", ""]), tiny.embed(PROMPTS)])
-    predict = lambda z, t: guided_eps(tiny.unet, z, t, context, 7.5)  # noqa: E731
+
+    def predict(z, t):
+        return guided_eps(tiny.unet, z, t, context, 7.5)
+
     *_, (_, z, _) = ddim_sample(predict, tiny.schedule, z, steps=4)
-    torch.testing.assert_close(draw(tiny), tiny.autoencoder.decode(z / 0.5).clamp(-1, 1), atol=1e-4, rtol=0)
+    close(draw(tiny), tiny.autoencoder.decode(z / 0.5).clamp(-1, 1), atol=1e-4, rtol=0)
 
 
 def test_guidance_one_is_the_plain_conditional_prediction(tiny):
-    """It takes a way of its own, with half the work; guidance close to 1 must agree with it."""
-    calls = []
-    hook = tiny.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    """It has code of its own, with half the work; guidance close to 1 must agree with it."""
+    batches = []
+
+    def unet_called(module, inputs):
+        batches.append(len(inputs[0]))
+
+    tiny.unet.register_forward_pre_hook(unet_called)
     one = draw(tiny, guidance=1.0)
-    assert calls == [2] * 4
     near = draw(tiny, guidance=1.0 + 1e-6)
-    assert calls[4:] == [4] * 4
-    hook.remove()
-    torch.testing.assert_close(one, near, atol=1e-4, rtol=0)
+    assert batches == [2] * 4 + [4] * 4
+    close(one, near, atol=1e-4, rtol=0)
 
 
 def test_guidance_zero_ignores_the_prompt(tiny):
     x = draw(tiny, guidance=0.0)
-    other = tiny.generate(["a heart", "a cross"], steps=4, guidance=0.0, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(x, other, atol=1e-5, rtol=0)
+    prompts = ["a heart", "a cross"]
+    other = tiny.generate(prompts, steps=4, guidance=0.0, generator=seeded())
+    close(x, other, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_encode_scales_and_decode_unscales(tiny):
-    x = torch.rand(2, 3, 16, 16) * 2 - 1
-    torch.testing.assert_close(tiny.encode(x), 0.5 * tiny.autoencoder.encode(x).mean)
-    torch.testing.assert_close(tiny.decode(tiny.encode(x)), tiny.autoencoder(x)[0].clamp(-1, 1))
+    x = torch.rand(2, 3, 16, 16, generator=seeded()) * 2 - 1
+    close(tiny.encode(x), 0.5 * tiny.autoencoder.encode(x).mean)
+    close(tiny.decode(tiny.encode(x)), tiny.autoencoder(x)[0].clamp(-1, 1))
 
 
-def test_picture_to_picture_starts_in_the_middle(tiny):
+def test_a_large_batch_is_decoded_in_parts(tiny, monkeypatch):
+    """Images of 256 x 512 pixels, two at a time; nothing is lost and nothing changes its order."""
+    z = torch.randn(5, 4, 128, 256, generator=seeded())
+    batches = []
+
+    def cheap_decode(z):
+        batches.append(len(z))
+        return F.interpolate(z[:, :3], scale_factor=2)
+
+    monkeypatch.setattr(tiny.autoencoder, "decode", cheap_decode)
+    x = tiny.decode(z)
+    assert batches == [2, 2, 1]
+    assert torch.equal(x, cheap_decode(z / 0.5).clamp(-1, 1))
+
+
+def test_image_to_image_starts_in_the_middle(tiny):
     z = torch.zeros(2, 4, 8, 8)
     times = [t for t, _, _ in tiny.denoise(PROMPTS, steps=10, z=z, start=500)]
     assert times == [500, 499, 399, 299, 199, 99]
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"steps": 0}, "steps is 0; allowed are 1 to 1000"), ({"steps": 1001}, "steps is 1001"), ({"eta": 1.5}, "eta 1.5"),
-    ({"guidance": float("nan")}, "guidance is nan"), ({"prompts": []}, r"prompts is \[\]"), ({"prompts": "a red circle"}, "a list of"),
-])
-def test_what_is_not_allowed_is_named(tiny, settings, message):
+def test_spacing_is_the_configs_unless_it_is_given(tiny):
+    tiny.config = dataclasses.replace(tiny.config, spacing="leading")
+    times = [t for t, _, _ in tiny.denoise(PROMPTS, steps=2)]
+    given = [t for t, _, _ in tiny.denoise(PROMPTS, steps=2, spacing="trailing")]
+    assert times == [501, 1]
+    assert given == [999, 499]
+
+
+def test_size_is_height_and_width_in_pixels(tiny):
+    assert draw(tiny, steps=1, size=(8, 24)).shape == (2, 3, 8, 24)
+
+
+def test_keys_and_values_prepared_once_give_the_same_prediction(tiny):
+    z, t = torch.randn(2, 4, 8, 8, generator=seeded()), torch.tensor([10, 900])
+    with torch.no_grad():
+        context = tiny.embed(PROMPTS)
+        prepared = tiny.unet.keys_values(context)
+        assert len(prepared) == len(tiny.unet.cross_attentions())
+        close(tiny.unet(z, t, prepared), tiny.unet(z, t, context))
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"steps": 0}, "steps is 0; allowed are 1 to 1000"),
+        ({"steps": 1001}, "steps is 1001"),
+        ({"eta": 1.5}, "eta is 1.5; allowed are 0 to 1"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"prompts": []}, r"prompts is \[\]"),
+        ({"prompts": "a red circle"}, "a list of"),
+        ({"size": (16, 18)}, "size is 16 x 18; .* multiples of 4"),
+        ({"size": (0, 16)}, "size is 0 x 16; .* multiples of 4"),
+    ],
+)
+def test_what_is_not_allowed_is_named(tiny, options, message):
+    options = {"prompts": PROMPTS, "steps": 2, **options}
     with pytest.raises(ValueError, match=message):
-        tiny.generate(**{"prompts": PROMPTS, "steps": 2, **settings})
+        tiny.generate(**options)
 
 
-def test_pictures_must_be_multiples_of_f(tiny):
-    with pytest.raises(ValueError, match="x is 16 x 15; height and width must be multiples of f = 2"):
+def test_images_must_be_multiples_of_f(tiny):
+    message = "x is 16 x 15; height and width must be multiples of f = 2"
+    with pytest.raises(ValueError, match=message):
         tiny.autoencoder.encode(torch.zeros(1, 3, 16, 15))
 
 
+def test_latents_must_be_multiples_of_the_unets_downsampling(tiny):
+    with pytest.raises(ValueError, match="z_t is 8 x 7; both must be multiples of 2"):
+        tiny.unet(torch.zeros(1, 4, 8, 7), torch.tensor([0]), torch.zeros(1, 77, 16))
+
+
 def test_a_model_without_a_tokenizer_says_so():
+    model = LatentDiffusion(dataclasses.replace(TINY, scale_factor=0.5))
     with pytest.raises(ValueError, match="tokenizer is None"):
-        LatentDiffusion(TINY).generate(PROMPTS)
+        model.generate(PROMPTS)
 
 
-# ---- files ----
+def test_a_model_without_a_scale_factor_says_so_before_it_denoises(tiny):
+    tiny.config = dataclasses.replace(tiny.config, scale_factor=None)
+    with pytest.raises(ValueError, match="scale_factor is not measured"):
+        next(tiny.denoise(PROMPTS))
+
+
+# ---- files -------------------------------------------------------------------------------------
+
 
 def test_saved_and_loaded_it_is_the_same_model(tiny, tmp_path):
     tiny.save(tmp_path / "model")
-    again = LatentDiffusion.load(tmp_path / "model")
-    assert again.config == tiny.config and not again.training
-    assert all(torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), again.state_dict().values()))
-    assert torch.equal(draw(tiny), draw(again))
+    loaded = LatentDiffusion.load(tmp_path / "model")
+    assert loaded.config == tiny.config
+    assert not loaded.training
+    assert_same_weights(loaded, tiny)
+    assert torch.equal(draw(tiny), draw(loaded))
 
 
-def test_half_precision_halves_the_file_and_hardly_moves_a_weight(tiny, tmp_path):
-    tiny.save(tmp_path / "whole")
+def test_half_precision_halves_the_file_and_keeps_three_digits(tiny, tmp_path):
+    tiny.save(tmp_path / "single")
     tiny.save(tmp_path / "half", dtype=torch.float16)
-    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
-    assert 0.45 < sizes[1] / sizes[0] < 0.6
-    again = LatentDiffusion.load(tmp_path / "half")
-    assert again.unet.conv_in.weight.dtype == torch.float32
-    torch.testing.assert_close(again.unet.conv_in.weight, tiny.unet.conv_in.weight, atol=1e-3, rtol=1e-3)
+    single = (tmp_path / "single" / "model.safetensors").stat().st_size
+    half = (tmp_path / "half" / "model.safetensors").stat().st_size
+    assert 0.45 < half / single < 0.6
+    loaded = LatentDiffusion.load(tmp_path / "half")
+    assert loaded.unet.conv_in.weight.dtype == torch.float32
+    close(loaded.unet.conv_in.weight, tiny.unet.conv_in.weight, atol=1e-3, rtol=1e-3)
 
 
 def test_large_weights_go_into_several_files_none_too_large(tiny, tmp_path):
-    """So can a model be kept where files must be small; one file missing is one model missing."""
+    """A model can be kept where files must be small. One file missing is no whole model."""
     limit = 20_000
-    tiny.save(tmp_path / "model", shard=limit)
+    tiny.half().float()  # what half precision keeps exactly
+    save_in_files_of(limit, tiny, tmp_path / "model")
     files = sorted((tmp_path / "model").glob("*.safetensors"))
-    contents = [ldm_minimal.ldm.safetensors.torch.load_file(file) for file in files]
-    sizes = [sum(value.nbytes for value in content.values()) for content in contents]
-    assert len(files) > 3 and all(size <= limit or len(content) == 1 for size, content in zip(sizes, contents))
-    assert sum(map(len, contents)) == len(tiny.state_dict()), "a tensor is in two files, or in none"
-    again = LatentDiffusion.load(tmp_path / "model")
-    assert all(torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), again.state_dict().values()))
+    contents = [safetensors.torch.load_file(file) for file in files]
+    assert len(files) > 3
+    for content in contents:
+        assert len(content) == 1 or sum(value.nbytes for value in content.values()) <= limit
+    assert sum(len(content) for content in contents) == len(tiny.state_dict())
+    assert_same_weights(LatentDiffusion.load(tmp_path / "model"), tiny)
     files[1].unlink()
-    with pytest.raises(ValueError, match="not a whole model"):
+    with pytest.raises(ValueError, match="holds no whole model"):
         LatentDiffusion.load(tmp_path / "model")
 
 
-def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(tiny, tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(tiny, tmp_path):
     tiny.save(tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
-
-    def fail(state, path):
-        path.write_bytes(b"half")
-        raise OSError("no space left on device")
-    monkeypatch.setattr(ldm_minimal.ldm.safetensors.torch, "save_file", fail)
     with pytest.raises(OSError, match="no space left"):
-        tiny.save(tmp_path / "model")
+        with whole_folder(tmp_path / "model") as partial:
+            (partial / "model.safetensors").write_bytes(b"half")
+            raise OSError("no space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_a_save_killed_between_its_two_renames_is_still_readable(tiny, tmp_path):
-    tiny.save(tmp_path / "model")
-    (tmp_path / "model").rename(tmp_path / "model.old")
+    tiny.save(tmp_path / "model.old")
+    recover_folder(tmp_path / "model")
     assert LatentDiffusion.load(tmp_path / "model").config == tiny.config
 
 
-def test_the_judge_is_saved_and_loaded(tiny, tmp_path):
-    clip = CLIP(tiny.tokenizer, tiny.text_encoder, tiny.image_encoder)
-    clip.save(tmp_path / "judge")
-    again, tokens = CLIP.load(tmp_path / "judge"), tiny.tokenizer(PROMPTS)
-    with torch.no_grad():
-        assert torch.equal(again.text_features(tokens), clip.text_features(tokens))
+@torch.no_grad()
+def test_a_clip_is_saved_and_loaded(tiny, tmp_path):
+    clip = clip_of(tiny)
+    clip.save(tmp_path / "evaluator")
+    loaded = CLIP.load(tmp_path / "evaluator")
+    tokens = tiny.tokenizer(PROMPTS)
+    assert_same_weights(loaded, clip)
+    assert torch.equal(loaded.text_features(tokens), clip.text_features(tokens))
 
 
-@pytest.mark.parametrize("config", [SHAPES, SD1, TINY], ids=lambda config: config.name)
-def test_a_config_survives_json(config):
-    assert Config.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+@pytest.mark.parametrize("name", ["shapes", "emoji", "sd1", "tiny"])
+def test_a_config_survives_json(name):
+    config = {**NAMED_SIZES, "tiny": TINY}[name]
+    written = json.dumps(dataclasses.asdict(config))
+    assert Config.from_dict(json.loads(written)) == config
 
 
-# ---- Apple's GPU has no float64, half-precision models exist ----
+# ---- precision ---------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_but_the_schedules_table_is_float64(tiny, dtype):
+    """Apple's GPU has no float64. Sampling stays in float32 between the passes of a half U-Net."""
     seen = set()
-    model = tiny.to(dtype)
-    for module in model.modules():
-        module.register_forward_hook(lambda module, args, out: seen.update({out.dtype} if isinstance(out, torch.Tensor) else ()))
-    x = model.generate(PROMPTS, steps=2, generator=torch.Generator().manual_seed(0))
-    assert seen == {dtype, torch.float32} and x.dtype == torch.float32  # the walk between the U-Net's passes keeps its digits
+
+    def module_called(module, inputs, output):
+        if isinstance(output, torch.Tensor):
+            seen.add(output.dtype)
+
+    tiny.to(dtype)
+    for module in tiny.modules():
+        module.register_forward_hook(module_called)
+    x = tiny.generate(PROMPTS, steps=2, generator=seeded())
+    assert seen == {dtype, torch.float32}
+    assert x.dtype == torch.float32
     x = x.to(dtype)
-    noised = NoiseSchedule().add_noise(x, torch.tensor([3, 5]), x)
-    assert noised.dtype == dtype
+    assert NoiseSchedule().add_noise(x, torch.tensor([3, 5]), x).dtype == dtype

@@ -1,0 +1,108 @@
+"""Run chapters and keep their outputs.
+
+python chapters/execute.py 02 05       # these chapters and their solutions, from clean kernels
+python chapters/execute.py --minutes   # the README's table of chapters, without its badges
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import re
+import time
+from pathlib import Path
+
+import nbformat
+import torch
+from nbclient import NotebookClient
+from PIL import Image
+
+from experiments.common import machine
+
+HERE = Path(__file__).resolve().parent
+
+
+def execute(path: Path) -> None:
+    """Run a notebook, and keep its outputs, without timestamps, and how long it took."""
+    notebook = nbformat.read(path, as_version=4)
+    started = time.time()
+    client = NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        store_widget_state=False,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    client.execute()
+    seconds = round(time.time() - started)
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["measured"] = {
+        "seconds": seconds,
+        "machine": machine(),
+        "torch": torch.__version__,
+    }
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        figures = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+        for figure in figures:
+            figure["data"]["image/png"] = compress(figure["data"]["image/png"])
+        cell.metadata["slideshow"] = {"slide_type": slide_type(cell, figures)}
+    nbformat.write(notebook, path)
+    print(f"{path.relative_to(HERE)}: {seconds} s")
+
+
+def compress(png: str) -> str:
+    """A figure, base64, with 256 colours: about a third of the bytes, no difference to the eye."""
+    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
+        image = image.convert("RGB").quantize(
+            256, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE
+        )
+    file = io.BytesIO()
+    image.save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def slide_type(cell: nbformat.NotebookNode, figures: list) -> str:
+    """Headings begin slides, figures the slides below them."""
+    if cell.cell_type == "markdown" and cell.source.startswith("#"):
+        return "slide"
+    return "subslide" if figures else "-"
+
+
+def table_of_minutes() -> str:
+    """Chapter, question, and the minutes that it and its solutions took when they were executed."""
+    rows = ["| chapter | question | minutes | solutions |", "|---|---|---|---|"]
+    for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
+        chapter = json.loads(path.read_text(encoding="utf-8"))
+        solutions = json.loads((HERE / "solutions" / path.name).read_text(encoding="utf-8"))
+        first_cell = "".join(chapter["cells"][0]["source"])
+        title, question = re.match(r"# (.*?)\n\n\*\*(.*?)\*\*", first_cell).groups()
+        row = f"| [{title}](chapters/{path.name}) | {question} |"
+        for notebook in (chapter, solutions):
+            row += f" {notebook['metadata']['measured']['seconds'] / 60:.1f} |"
+        rows.append(row)
+    return "\n".join(rows)
+
+
+def main() -> None:
+    numbers = sorted(path.name[:2] for path in HERE.glob("[0-9][0-9]_*.ipynb"))
+    parser = argparse.ArgumentParser(description="Run chapters and keep their outputs.")
+    parser.add_argument("chapters", nargs="*", metavar="NN", help="such as 02")
+    parser.add_argument("--minutes", action="store_true", help="print the table of minutes")
+    options = parser.parse_args()
+    if not options.chapters and not options.minutes:
+        parser.error("name chapters, or --minutes")
+    for number in options.chapters:
+        if number not in numbers:
+            parser.error(f"there is no chapter {number!r}; choose from {', '.join(numbers)}")
+    for number in options.chapters:
+        for path in [*HERE.glob(f"{number}_*.ipynb"), *HERE.glob(f"solutions/{number}_*.ipynb")]:
+            execute(path)
+    if options.minutes:
+        print(table_of_minutes())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Chapter 2: a simple U-Net in pixel space, trained for longer than a reader would wait."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+from book import load_data
+from ldm_minimal import NoiseSchedule, ddpm_sample, timestep_embedding
+
+schedule = NoiseSchedule("linear")
+
+
+# The chapter shows these definitions; tests/test_experiments.py compares them.
+class Block(nn.Module):
+    """x + convolutions of x, with t_emb added in between. (B, c_in, H, W) -> (B, c_out, H, W)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.t_proj = nn.Linear(64, c_out)
+        self.skip = nn.Conv2d(c_in, c_out, 1)
+        norm, conv = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.first = nn.Sequential(norm, nn.SiLU(), conv)
+        norm, conv = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.second = nn.Sequential(norm, nn.SiLU(), conv)
+
+    def forward(self, x, t_emb):
+        h = self.first(x) + self.t_proj(t_emb)[:, :, None, None]
+        return self.skip(x) + self.second(h)
+
+
+class SimpleUNet(nn.Module):
+    """eps_theta for images: x_t (B, 3, 32, 32), t (B,) -> eps_hat like x_t."""
+
+    def __init__(self, c=32):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, c, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
+        self.down = nn.ModuleList([Block(c, c), Block(c, 2 * c), Block(2 * c, 4 * c)])
+        self.middle = Block(4 * c, 4 * c)
+        self.up = nn.ModuleList([Block(8 * c, 2 * c), Block(4 * c, c), Block(2 * c, c)])
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x_t, t):
+        t_emb = timestep_embedding(t, 64)
+        h = self.conv_in(x_t)
+        skips = []
+        for block in self.down:
+            h = block(h, t_emb)  # (B, c, 32, 32), (B, 2c, 16, 16), (B, 4c, 8, 8)
+            skips.append(h)
+            h = F.avg_pool2d(h, 2)
+        h = self.middle(h, t_emb)  # (B, 4c, 4, 4)
+        for block in self.up:
+            h = F.interpolate(h, scale_factor=2.0)
+            h = block(torch.cat([h, skips.pop()], dim=1), t_emb)
+        return self.conv_out(F.silu(h))
+
+
+def train(net, draw, steps, batch_size, learning_rate):
+    """DDPM's algorithm 1. Yields the loss of each step."""
+    optimizer = torch.optim.AdamW(net.parameters(), learning_rate)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (1 - step / steps)
+        x = draw(batch_size)
+        t = torch.randint(schedule.T, (batch_size,))
+        eps = torch.randn_like(x)
+        loss = F.mse_loss(net(schedule.add_noise(x, t, eps), t), eps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+def new_training(steps, batch_size):
+    """An untrained U-Net of seed 0, and the generator that trains it."""
+    draw = common.batches(load_data("train"))
+    torch.manual_seed(0)
+    unet = SimpleUNet()
+    return unet, train(unet, draw, steps, batch_size, learning_rate=2e-3)
+
+
+def error_by_timestep(unet):
+    x = load_data("test").batch(slice(0, 128))
+
+    def predict(x_t, t, context):
+        return unet(x_t, t)
+
+    return common.error_by_timestep(predict, schedule, x, None, range(0, 1000, 50))
+
+
+@common.experiment("02/pixels", steps=1200, batch=32)
+def pixels(steps, batch):
+    """The loss at each t after 300 steps and after all of them, and 16 samples."""
+    short_unet, training = new_training(300, batch)
+    for _ in training:
+        pass
+    unet, training = new_training(steps, batch)
+    losses = list(training)
+    with torch.no_grad():
+        *_, (_, drawn, _) = ddpm_sample(unet, schedule, torch.randn(16, 3, 32, 32))
+    numbers = {
+        "losses_of_50_steps": common.means(losses, 50),
+        "loss_by_t": error_by_timestep(unet),
+        "loss_by_t_short": error_by_timestep(short_unet),
+    }
+    return numbers, drawn.clamp(-1, 1)
+
+
+@common.beginning("02/pixels")
+def first_fifty_steps(record):
+    _, training = new_training(record["steps"], record["batch"])
+    return [common.first_mean(training, 50)], record["losses_of_50_steps"][:1]
+
+
+if __name__ == "__main__":
+    common.main("02")

@@ -1,0 +1,285 @@
+"""What the three trainings share: the optimizer's step, resuming, several processes, compiling."""
+
+import contextlib
+import copy
+import dataclasses
+import types
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from conftest import RecordingAccelerator, clip_of, first, tiny_model
+from gradients import first_gradients, run_in_two_processes
+from ldm_minimal import (
+    EMA,
+    TrainConfig,
+    Trainer,
+    compile_blocks,
+    ldm,
+    save_state,
+    train_autoencoder,
+    train_clip,
+    train_denoiser,
+)
+
+close = torch.testing.assert_close
+TRAININGS = {"clip": train_clip, "autoencoder": train_autoencoder, "denoiser": train_denoiser}
+
+
+def start(name, model, data, config, **options):
+    """The training called `name` of a whole model."""
+    trained = clip_of(model) if name == "clip" else model
+    return TRAININGS[name](trained, data, config, **options)
+
+
+# ---- one step of the optimizer -----------------------------------------------------------------
+
+
+def test_learning_rate_warms_up_then_falls_to_a_fiftieth():
+    config = TrainConfig(steps=1000, batch_size=1, learning_rate=2.0, warmup_steps=100)
+    rates = [config.lr(step) for step in range(1001)]
+    assert rates[0] == pytest.approx(0.02)
+    assert max(rates) == pytest.approx(2.0)
+    assert rates[1000] == pytest.approx(0.04)
+    assert rates[550] == pytest.approx(2 * 0.51)  # half way down
+    assert all(a < b for a, b in zip(rates[:99], rates[1:100]))
+    assert all(a > b for a, b in zip(rates[100:], rates[101:]))
+
+
+def test_update_uses_the_steps_rate_and_clips_the_gradient():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    config = TrainConfig(steps=10, batch_size=1, learning_rate=0.5, warmup_steps=5)
+    trainer = Trainer(layer, config, Accelerator())
+    norms = []
+
+    def before_step(*_):
+        norms.append(layer.weight.grad.norm().item())
+
+    trainer.optimizer.optimizer.register_step_pre_hook(before_step)
+    trainer.backward(1000 * trainer.net(torch.ones(1, 2)).sum())
+    trainer.update(1)
+    assert norms == [pytest.approx(1.0, rel=1e-4)]
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+
+
+def test_a_small_gradient_is_not_clipped_and_none_is_left_for_the_next_step():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    trainer = Trainer(layer, TrainConfig(steps=10, batch_size=1, learning_rate=0.0), Accelerator())
+    gradients = []
+
+    def before_step(*_):
+        gradients.append(layer.weight.grad.flatten().tolist())
+
+    trainer.optimizer.optimizer.register_step_pre_hook(before_step)
+    for step in range(3):
+        trainer.backward(trainer.net(torch.tensor([[0.1, 0.2]])).sum())
+        trainer.update(step)
+    assert gradients == [pytest.approx([0.1, 0.2])] * 3
+
+
+def test_the_optimizer_is_adamw_with_the_papers_numbers():
+    """One step of AdamW by hand: betas 0.9 and 0.99, weight decay 0.01, eps 1e-8."""
+    layer = torch.nn.Linear(2, 1, bias=False)
+    weight = layer.weight.detach().clone()
+    config = TrainConfig(steps=10, batch_size=1, learning_rate=0.5, warmup_steps=1)
+    trainer = Trainer(layer, config, Accelerator())
+    first_moment = second_moment = torch.zeros(1, 2)
+    for step in range(3):
+        gradient = torch.tensor([[0.1 * (step + 1), -0.3]])
+        trainer.backward((gradient * trainer.net.weight).sum())
+        trainer.update(step)
+        first_moment = 0.9 * first_moment + 0.1 * gradient
+        second_moment = 0.99 * second_moment + 0.01 * gradient**2
+        mean = first_moment / (1 - 0.9 ** (step + 1))
+        square = second_moment / (1 - 0.99 ** (step + 1))
+        rate = config.lr(step)
+        weight = weight * (1 - 0.01 * rate) - rate * mean / (square.sqrt() + 1e-8)
+    close(layer.weight.detach(), weight)
+
+
+def test_the_text_tower_learns_at_a_tenth_of_the_rate(tiny, data):
+    """Adam's first step moves each weight by the rate, whatever its gradient."""
+    clip = clip_of(tiny)
+    before = copy.deepcopy(clip)
+    config = TrainConfig(steps=1, batch_size=8, learning_rate=1e-3, warmup_steps=1)
+    next(train_clip(clip, data, config))
+
+    def largest_move(part, part_before):
+        moves = [(p - q).abs().max() for p, q in zip(part.parameters(), part_before.parameters())]
+        return max(moves).item()
+
+    image_move = largest_move(clip.image_encoder, before.image_encoder)
+    text_move = largest_move(clip.text_encoder, before.text_encoder)
+    assert image_move == pytest.approx(1e-3, rel=0.05)
+    assert text_move == pytest.approx(1e-4, rel=0.05)
+
+
+def test_ema_follows_its_definition():
+    module = torch.nn.Linear(3, 3)
+    ema = EMA(module, decay=0.9)
+    expected = module.weight.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    for step in range(200):
+        with torch.no_grad():
+            module.weight.add_(torch.randn(3, 3, generator=generator))
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * module.weight.detach()
+        ema.update(module, step)
+    close(ema.module.weight, expected)
+    assert not ema.module.weight.requires_grad
+
+
+# ---- repeatable, and resumed -------------------------------------------------------------------
+
+SIX_STEPS = TrainConfig(steps=6, batch_size=8, learning_rate=3e-3, warmup_steps=2)
+
+
+def trained(name, tiny, data, *, seed=0, torch_seed=7, save_at=None, folder=None, resume=False):
+    """Train a copy of `tiny`; returns its weights, and {step: losses}.
+
+    torch_seed: of the discriminator's first weights, which a resumed training does not need.
+    """
+    model = copy.deepcopy(tiny)
+    model.config = dataclasses.replace(model.config, adversarial_start=2)
+    torch.manual_seed(torch_seed)
+    accelerator = Accelerator()
+    resume_from = folder if resume else None
+    options = {"seed": seed, "accelerator": accelerator, "resume_from": resume_from}
+    losses = {}
+    for step, step_losses in start(name, model, data, SIX_STEPS, **options):
+        losses[step] = {key: loss.item() for key, loss in step_losses.items()}
+        if step == save_at:
+            save_state(accelerator, folder, step)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), losses
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_seed_decides_everything(name, tiny, data):
+    weights, losses = trained(name, tiny, data)
+    again, losses_again = trained(name, tiny, data)
+    other, _ = trained(name, tiny, data, seed=1)
+    assert torch.equal(weights, again)
+    assert losses == losses_again
+    assert not torch.equal(weights, other)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("save_at", [1, 4])
+def test_a_resumed_training_is_the_same_training_bit_for_bit(name, save_at, tiny, data, tmp_path):
+    """Saved after a step, it goes on with the next: none is done twice, and none left out."""
+    weights, losses = trained(name, tiny, data, save_at=save_at, folder=tmp_path / "state")
+    resumed, rest = trained(name, tiny, data, torch_seed=8, folder=tmp_path / "state", resume=True)
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+    assert rest == {step: losses[step] for step in range(save_at + 1, 7)}
+    assert torch.equal(resumed, weights)
+
+
+def test_a_state_saved_after_the_last_step_needs_no_further_step(tiny, data, tmp_path):
+    """A kill may fall between the last step and the end: the average is still put in place."""
+    weights, _ = trained("denoiser", tiny, data, save_at=6, folder=tmp_path / "state")
+    resumed, rest = trained("denoiser", tiny, data, folder=tmp_path / "state", resume=True)
+    assert rest == {}
+    assert torch.equal(resumed, weights)
+
+
+def test_one_accelerator_serves_one_training_after_the_other(tiny, data, tmp_path):
+    """Its state is that of the training that runs, not of those before."""
+    accelerator = Accelerator()
+    config = TrainConfig(steps=1, batch_size=8, learning_rate=1e-3)
+    sizes = []
+    for name in ("denoiser", "clip", "clip"):
+        folder = tmp_path / f"{len(sizes)}"
+        for step, _ in start(name, tiny, data, config, accelerator=accelerator):
+            save_state(accelerator, folder, step)
+        sizes.append({path.name: path.stat().st_size for path in folder.iterdir()})
+    assert sizes[1] == sizes[2]
+    assert sizes[0] != sizes[1]
+
+
+def test_each_training_has_randomness_of_its_own():
+    first_numbers = set()
+    for training in ("clip", "autoencoder", "scale_factor", "denoiser"):
+        for seed in (0, 1):
+            for step in (0, 1):
+                generator = ldm._step_generator(seed, training, step)
+                first_numbers.add(torch.rand(1, generator=generator).item())
+    assert len(first_numbers) == 4 * 2 * 2
+
+
+# ---- two processes -----------------------------------------------------------------------------
+
+
+def test_processes_and_their_parts_share_the_batch_out_in_order():
+    config = TrainConfig(steps=1, batch_size=12, learning_rate=1e-3, grad_accum_steps=2)
+    trainer = Trainer(torch.nn.Linear(2, 1), config, Accelerator())
+    rows, letters = torch.arange(12), torch.arange(12) + 100
+    parts = []
+    for process_index in range(3):
+        trainer.accelerator = types.SimpleNamespace(
+            num_processes=3,
+            process_index=process_index,
+            device=torch.device("cpu"),
+            accumulate=contextlib.nullcontext,
+        )
+        parts += list(trainer.micro_batches(rows, letters))
+    assert len(parts) == 6
+    assert [part[0].tolist() for part in parts] == rows.view(6, 2).tolist()
+    assert [part[1].tolist() for part in parts] == letters.view(6, 2).tolist()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(folder, data, tmp_path):
+    """Also where each computes its half in two parts. Gradients are compared before clipping."""
+    expected = first_gradients(data, RecordingAccelerator())
+    result = run_in_two_processes(folder, tmp_path / "gradients.pt")
+    assert result["processes"] == 2
+    for name, gradient in expected.items():
+        assert gradient.norm() > 1e-3
+        for ours in (result["whole"][name], result["in two parts"][name]):
+            assert ((ours - gradient).norm() / gradient.norm()).item() <= 1e-5, name
+
+
+# ---- compiled ----------------------------------------------------------------------------------
+
+
+def course(model, data):
+    """The losses of two steps of all three trainings, one after the other."""
+    config = TrainConfig(steps=2, batch_size=4, learning_rate=1e-3, warmup_steps=1)
+    model.config = dataclasses.replace(model.config, adversarial_start=1)
+    torch.manual_seed(0)  # of the discriminator's first weights
+    curves = {}
+    for name in TRAININGS:
+        for step, losses in start(name, model, data, config):
+            for key, loss in losses.items():
+                curves[f"{name}, step {step}, {key}"] = loss.item()
+    return curves
+
+
+@pytest.mark.slow
+def test_training_with_compiled_blocks_is_the_same_training(data, monkeypatch):
+    """All of compiling but the writing of kernels: each block traced whole, there and back.
+
+    With fullgraph=True, a block that cannot be traced in one piece is an error.
+    """
+    compiled = []
+    compile_module = torch.nn.Module.compile
+
+    def compile_whole(module, **options):
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="aot_eager", fullgraph=True, **options)
+
+    few = first(data, 4)  # one batch: captions of one length, so each block is traced once
+    expected = course(tiny_model(few), few)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_whole)
+    model = tiny_model(few)
+    compile_blocks(model)
+    torch._dynamo.utils.counters.clear()
+    try:
+        curves = course(model, few)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    finally:
+        torch._dynamo.reset()
+    assert set(compiled) == {"ResBlock", "AttentionBlock", "TextBlock", "TransformerBlock"}
+    assert graphs >= 4, "nothing was compiled"
+    assert curves == pytest.approx(expected, rel=1e-3, abs=1e-4)
