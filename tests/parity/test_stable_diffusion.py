@@ -225,6 +225,7 @@ def test_diffusers_draws_the_image_of_the_model_that_was_trained_here(tmp_path):
     assert (ours - (2 * theirs - 1)).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_guided_trajectory_of_fifty_steps_is_diffusers(small, files):
     """With Stable Diffusion's timesteps, 981 ... 1, a negative prompt, and the decode."""
@@ -251,9 +252,9 @@ def test_a_guided_trajectory_of_fifty_steps_is_diffusers(small, files):
     assert isinstance(pipe.scheduler, DDIMScheduler)
     assert [t for t, _, _ in trajectory] == [t for t, _ in steps] == list(range(981, 0, -20))
     for (_, ours, _), (_, theirs) in zip(trajectory, steps):
-        assert_same(ours, theirs, 3e-4)
+        assert_same(ours, theirs, 1e-4)
     theirs = pipe.vae.decode(last / 0.18215).sample.clamp(-1, 1)
-    assert_same(small.decode(trajectory[-1][1]), theirs, 3e-4)
+    assert_same(small.decode(trajectory[-1][1]), theirs, 1e-4)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
