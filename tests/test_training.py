@@ -208,7 +208,8 @@ def test_a_step_of_the_denoiser_by_hand(tiny, data, snr_clip):
 def test_a_batch_in_parts_is_the_same_step(train, data):
     """Gradients of a batch computed in four parts are those of the whole, averaged, not summed.
 
-    Measured over CPU capabilities and threads: the relative error is at most MEASURED.
+    Rounding of real CPUs and threads makes a relative error of at most 1.1e-6, artificial noise
+    5.9e-6. Gradients that are summed make 3, and a loss wrong by 0.1 % makes 1e-3.
     """
     recorded, losses = [], []
     for grad_accum_steps in (1, 4):
