@@ -3,6 +3,7 @@
 #
 #     bash tests/gpu/all.sh OUT [PART ...]        parts: tests training sampling emoji; all by default
 #
+# Not yet run as a whole, neither on a GPU nor as a rehearsal; `sampling` needs diffusers.
 # Each part has its own time limit and writes OUT/PART.log at once, so that a run that is cut off still brings
 # back what was done. Nothing is fetched. EMOJI names a folder with the emoji data set (drawn here if it is
 # not given, which needs three packages); DEVICE=cpu and STEPS=2 rehearse it all without a GPU.
