@@ -129,7 +129,8 @@ def follow_maps(rows, steps):
     timesteps, film = [], []
     captions = [row["text"] for row in rows]
     generator = torch.Generator().manual_seed(0)
-    for t, z, _ in model.denoise(captions, steps=steps, guidance=GUIDANCE, generator=generator):  # noqa: B007
+    options = {"steps": steps, "guidance": GUIDANCE, "generator": generator}
+    for t, z, _ in model.denoise(captions, **options):  # noqa: B007
         timesteps.append(t)
         # Of the batch's second half, which saw the caption: the mean over heads, (N, h * w, 77).
         film.append([layer.weights.chunk(2)[1].mean(dim=1) for layer in layers])
