@@ -3,6 +3,8 @@
 Run under `torch.distributed.run`, each process computes its share of a batch of 8:
 
     python -m torch.distributed.run --nproc_per_node 2 tests/gradients.py DATA OUT [DEVICE]
+
+with tests/parity, where the random weights are, on PYTHONPATH.
 """
 
 import dataclasses
@@ -60,7 +62,8 @@ def run_in_two_processes(folder, out, device="cpu"):
     """What `main` saves, from two processes that share the batch."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launch, __file__, str(folder), str(out), device]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(path for path in sys.path if path)  # pytest's pythonpath, for them too
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.load(out, weights_only=True)
