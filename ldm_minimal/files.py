@@ -24,6 +24,7 @@ from .ldm import CLIP, CaptionedImages, LatentDiffusion
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 SHIPPED = REPOSITORY / "data" / "checkpoints" / "shapes"
+LPIPS_WEIGHTS = REPOSITORY / "data" / "lpips" / "vgg16.safetensors"
 
 
 def best_device() -> str:

@@ -712,7 +712,7 @@ class PerceptualLoss(nn.Module):
     where f has unit length at each position. (The paper's w stands inside the square.)
 
     features: x -> list of maps (B, C, h, w). `ImageEncoder.features` gives the form of LPIPS on
-    features of our own; `stable_diffusion.published_lpips` gives the published LPIPS.
+    features of our own; `metrics.published_lpips` gives the published LPIPS.
     layer_weights: (C,) for each layer, or None for 1. x, y: (B, 3, H, W) in [-1, 1]. Returns
     (B,).
     """

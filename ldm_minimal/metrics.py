@@ -7,12 +7,13 @@ rows are the lines of a data set's metadata, `CaptionedImages.rows`.
 from __future__ import annotations
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .files import data_module
+from .files import LPIPS_WEIGHTS, data_module
 from .ldm import CLIP, CaptionedImages, LatentDiffusion, PerceptualLoss
 
 
@@ -44,6 +45,90 @@ def prompt_accuracy(x: Tensor, rows: list[dict]) -> dict[str, float] | None:
             attribute = name.split()[0]
             outcomes.setdefault(attribute, []).append(holds)
     return {name: sum(values) / len(values) for name, values in outcomes.items() if values}
+
+
+def mean_distance(
+    distance: PerceptualLoss, x: Tensor, x_hat: Tensor, batch_size: int = 64
+) -> float:
+    """The mean perceptual distance of each image and its reconstruction."""
+    pairs = zip(x.split(batch_size), x_hat.split(batch_size), strict=True)
+    return torch.cat([distance(a, b) for a, b in pairs]).mean().item()
+
+
+# ---- the published LPIPS ----------------------------------------------------------------------
+
+
+def published_lpips(vgg: dict[str, Tensor], lpips: dict[str, Tensor]) -> PerceptualLoss:
+    """The perceptual loss with which Stable Diffusion's autoencoder was trained.
+
+    vgg: torchvision's VGG16 state dict. lpips: the linear weights of the `lpips` package (v0.1,
+    vgg). Raises ValueError naming what is missing.
+    """
+    layer_weights = [f"lin{i}.model.1.weight" for i in range(5)]
+    missing = [name for name in ("features.0.weight", "features.28.bias") if name not in vgg]
+    missing += [name for name in layer_weights if name not in lpips]
+    if missing:
+        raise ValueError(
+            f"vgg or lpips lacks {', '.join(missing)}; needed are torchvision's VGG16 and "
+            "lpips' v0.1 'vgg' weights"
+        )
+    return PerceptualLoss(VGGFeatures(vgg), [lpips[name].flatten() for name in layer_weights])
+
+
+class VGGFeatures(nn.Module):
+    """VGG16's feature maps before each pooling (Simonyan & Zisserman 2015).
+
+    x (B, 3, H, W) in [-1, 1], which is shifted and scaled as lpips does -> five maps, from
+    (B, 64, H, W) to (B, 512, H / 16, W / 16).
+    """
+
+    # Convolutions of each level, by their numbers in torchvision's `features`.
+    LEVELS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+    SHIFT = (-0.030, -0.088, -0.188)
+    SCALE = (0.458, 0.448, 0.450)
+
+    def __init__(self, state: dict[str, Tensor]):
+        super().__init__()
+        self.weights = nn.ParameterDict()
+        self.biases = nn.ParameterDict()
+        for numbers in self.LEVELS:
+            for number in numbers:
+                self.weights[f"{number}"] = state[f"features.{number}.weight"]
+                self.biases[f"{number}"] = state[f"features.{number}.bias"]
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        shift = x.new_tensor(self.SHIFT).view(1, 3, 1, 1)
+        scale = x.new_tensor(self.SCALE).view(1, 3, 1, 1)
+        h = (x - shift) / scale
+        maps = []
+        for level, numbers in enumerate(self.LEVELS):
+            if level > 0:
+                h = F.max_pool2d(h, 2)
+            for number in numbers:
+                weight = self.weights[f"{number}"].to(x.dtype)
+                bias = self.biases[f"{number}"].to(x.dtype)
+                h = F.relu(F.conv2d(h, weight, bias, padding=1))
+            maps.append(h)
+        return maps
+
+
+def load_lpips(device: str | torch.device = "cpu") -> PerceptualLoss:
+    """The published LPIPS. Raises ValueError where data/lpips/prepare.py has not fetched it."""
+    if not LPIPS_WEIGHTS.is_file():
+        raise ValueError(
+            f"{LPIPS_WEIGHTS} does not exist; python data/lpips/prepare.py fetches it (64 MB)"
+        )
+    try:
+        weights = safetensors.torch.load_file(LPIPS_WEIGHTS, device=str(device))
+        return published_lpips(weights, weights)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{LPIPS_WEIGHTS} cannot be used: {error}; delete it and fetch it again"
+        ) from None
+
+
+# ---- by an evaluator --------------------------------------------------------------------------
 
 
 def image_features(evaluator: CLIP, x: Tensor, batch_size: int = 256) -> Tensor:
@@ -126,7 +211,7 @@ def all_scores(
     x = test.batch(slice(0, count)).to(model.device)
     x_hat = torch.cat([model.decode(model.encode(part)) for part in x.split(128)])
     perceptual = PerceptualLoss(evaluator.image_encoder.features)
-    distances = [perceptual(a, b) for a, b in zip(x.split(128), x_hat.split(128), strict=True)]
+    lpips = load_lpips(model.device) if LPIPS_WEIGHTS.is_file() else None
     reference = None
     if len(test) - count > 1:
         rest = test.batch(slice(count, None)).to(model.device)
@@ -142,7 +227,8 @@ def all_scores(
         "steps": 50,
         "seed": seed,
         "psnr": psnr(x, x_hat).mean().item(),
-        "perceptual": torch.cat(distances).mean().item(),
+        "perceptual": mean_distance(perceptual, x, x_hat),
+        "lpips": None if lpips is None else mean_distance(lpips, x, x_hat),
         "ceiling": prompt_accuracy(x_hat, rows),
         "clip_score_real": clip_score(evaluator, x, captions),
         "frechet_floor": frechet(x),
@@ -163,12 +249,13 @@ def all_scores(
 def print_scores(scores: dict) -> None:
     """The scores as a table: a column for each guidance, and one for the ceiling or real images."""
     entries = list(scores["guidance"].values())
+    lpips = "not fetched" if scores["lpips"] is None else f"{scores['lpips']:.4f}"
     print(
         f"\n{scores['captions']} held-out captions, {scores['steps']} steps, seed {scores['seed']}"
     )
     print(
         f"{'reconstruction':<19}{scores['psnr']:.2f} dB PSNR, "
-        f"perceptual distance {scores['perceptual']:.4f}"
+        f"perceptual distance {scores['perceptual']:.4f}, LPIPS {lpips}"
     )
     headings = [f"w = {guidance}" for guidance in scores["guidance"]] + ["ceiling"]
     print(f"{'':<19}" + "".join(f"{heading:>12}" for heading in headings))

@@ -30,16 +30,15 @@ from collections.abc import Iterator
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 from tqdm.auto import tqdm
 
 from . import ldm
 from .files import whole_file, whole_folder
-from .ldm import SD1, Config, LatentDiffusion, PerceptualLoss, Tokenizer
+from .ldm import SD1, Config, LatentDiffusion, Tokenizer
 
-__all__ = ["load", "save", "key_map", "load_tokenizer", "save_tokenizer", "published_lpips"]
+__all__ = ["load", "save", "key_map", "load_tokenizer", "save_tokenizer"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -796,63 +795,3 @@ def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
 def _write_json(path: pathlib.Path, values: dict) -> None:
     text = json.dumps(values, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------------------
-#                                       The published LPIPS
-# ------------------------------------------------------------------------------------------------
-
-
-def published_lpips(vgg: dict[str, Tensor], lpips: dict[str, Tensor]) -> PerceptualLoss:
-    """The perceptual loss with which Stable Diffusion's autoencoder was trained.
-
-    vgg: torchvision's VGG16 state dict. lpips: the linear weights of the `lpips` package (v0.1,
-    vgg). Raises ValueError naming what is missing.
-    """
-    layer_weights = [f"lin{i}.model.1.weight" for i in range(5)]
-    missing = [name for name in ("features.0.weight", "features.28.bias") if name not in vgg]
-    missing += [name for name in layer_weights if name not in lpips]
-    if missing:
-        raise ValueError(
-            f"vgg or lpips lacks {', '.join(missing)}; needed are torchvision's VGG16 and "
-            "lpips' v0.1 'vgg' weights"
-        )
-    return PerceptualLoss(VGGFeatures(vgg), [lpips[name].flatten() for name in layer_weights])
-
-
-class VGGFeatures(nn.Module):
-    """VGG16's feature maps before each pooling (Simonyan & Zisserman 2015).
-
-    x (B, 3, H, W) in [-1, 1], which is shifted and scaled as lpips does -> five maps, from
-    (B, 64, H, W) to (B, 512, H / 16, W / 16).
-    """
-
-    # Convolutions of each level, by their numbers in torchvision's `features`.
-    LEVELS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-    SHIFT = (-0.030, -0.088, -0.188)
-    SCALE = (0.458, 0.448, 0.450)
-
-    def __init__(self, state: dict[str, Tensor]):
-        super().__init__()
-        self.weights = nn.ParameterDict()
-        self.biases = nn.ParameterDict()
-        for numbers in self.LEVELS:
-            for number in numbers:
-                self.weights[f"{number}"] = state[f"features.{number}.weight"]
-                self.biases[f"{number}"] = state[f"features.{number}.bias"]
-        self.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        shift = x.new_tensor(self.SHIFT).view(1, 3, 1, 1)
-        scale = x.new_tensor(self.SCALE).view(1, 3, 1, 1)
-        h = (x - shift) / scale
-        maps = []
-        for level, numbers in enumerate(self.LEVELS):
-            if level > 0:
-                h = F.max_pool2d(h, 2)
-            for number in numbers:
-                weight = self.weights[f"{number}"].to(x.dtype)
-                bias = self.biases[f"{number}"].to(x.dtype)
-                h = F.relu(F.conv2d(h, weight, bias, padding=1))
-            maps.append(h)
-        return maps

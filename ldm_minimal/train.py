@@ -48,7 +48,7 @@ from .ldm import (
     train_clip,
     train_denoiser,
 )
-from .metrics import all_scores, image_features, print_scores
+from .metrics import all_scores, image_features, load_lpips, print_scores
 from .sample import save_sheet
 
 STAGES = ("clip", "evaluator", "autoencoder", "denoiser")
@@ -97,6 +97,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute each batch of autoencoder and denoiser in so many parts, for less memory",
     )
     parser.add_argument(
+        "--perceptual",
+        choices=["clip", "lpips"],
+        default="clip",
+        help="features of the autoencoder's perceptual loss: those of the model's own CLIP, or the "
+        "published LPIPS, which python data/lpips/prepare.py fetches (default clip)",
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
         help="torch.compile the networks' blocks: slower at first, then faster on a GPU",
@@ -118,6 +125,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """The command. Raises ValueError or OSError for what is wrong with its options."""
     config = config_from(args)
+    if args.perceptual == "lpips":
+        load_lpips()  # raises now rather than after two stages
     out = pathlib.Path(args.out or f"runs/{args.size}")
     accelerator = Accelerator(
         cpu=best_device() == "cpu", mixed_precision=mixed_precision(args.precision)
@@ -129,6 +138,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {
         "seed": args.seed,
         "data": args.data,
+        "perceptual": args.perceptual,
         "number of processes": accelerator.num_processes,
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
     }
@@ -168,6 +178,8 @@ def config_from(args: argparse.Namespace) -> Config:
         given = {name: value for name, value in given.items() if value is not None}
         recipe = getattr(config, f"{training}_training")
         recipes[f"{training}_training"] = dataclasses.replace(recipe, **given)
+    if args.perceptual == "lpips":
+        config = dataclasses.replace(config, perceptual_weight=1.0)  # as in Rombach et al.
     # The discriminator joins after the same share of a longer or shorter training.
     share = recipes["autoencoder_training"].steps / config.autoencoder_training.steps
     adversarial_start = round(config.adversarial_start * share)
@@ -389,6 +401,8 @@ def train_stage(
         training = train_clip(clip, data, recipe, **options)
     elif stage == "autoencoder":
         recipe = model.config.autoencoder_training
+        if args.perceptual == "lpips":
+            options["perceptual"] = load_lpips(model.device)
         training = train_autoencoder(model, data, recipe, **options)
     else:
         recipe = model.config.denoiser_training

@@ -1,5 +1,6 @@
 """The command line as a user types it, well and badly."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -9,11 +10,12 @@ import sys
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
-from conftest import ROOT, prepare_module
-from ldm_minimal import CLIP, SHAPES, LatentDiffusion, Tokenizer
+from conftest import ROOT, prepare_module, seeded
+from ldm_minimal import CLIP, SHAPES, LatentDiffusion, Tokenizer, metrics
 from ldm_minimal.__main__ import main
 from ldm_minimal.sample import image_sheet
 from ldm_minimal.train import mixed_precision, model_card, nearest_neighbours
@@ -280,6 +282,43 @@ def test_the_options_of_train_reach_the_recipe(here):
     assert denoiser["batch_size"] == 4 and clip["steps"] == 2
     # The discriminator joins after the same share of the training: 2,000 of 3,000 steps.
     assert config["autoencoder_training"]["steps"] == 3 and config["adversarial_start"] == 2
+
+
+def narrow_lpips(path):
+    """A file of weights like the published LPIPS, of 4 channels a layer."""
+    weights, c = {}, 3
+    for number in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
+        weights[f"features.{number}.weight"] = torch.randn(4, c, 3, 3, generator=seeded(number))
+        weights[f"features.{number}.bias"] = torch.zeros(4)
+        c = 4
+    for i in range(5):
+        weights[f"lin{i}.model.1.weight"] = torch.rand(1, 4, 1, 1, generator=seeded(i))
+    safetensors.torch.save_file(weights, path)
+
+
+def test_train_and_evaluate_with_the_published_lpips(here, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "LPIPS_WEIGHTS", here / "vgg16.safetensors")
+    command = [*TRAIN, "--perceptual", "lpips", "--captions", "4"]
+    assert main(command) == 1
+    assert "data/lpips/prepare.py" in capsys.readouterr().err
+    assert not (here / "new").exists()
+
+    narrow_lpips(here / "vgg16.safetensors")
+    assert main(command) == 0
+    settings = json.loads((here / "new/run.json").read_text())["settings"]
+    assert settings["perceptual"] == "lpips"
+    assert settings["config"]["perceptual_weight"] == 1.0
+    scores = json.loads((here / "new/scores.json").read_text())
+    assert f"LPIPS {scores['lpips']:.4f}" in capsys.readouterr().out
+    own_features = [*TRAIN, "--out", "other", "--captions", "0"]
+    assert main(own_features) == 0
+    assert autoencoder_losses(here / "new") != autoencoder_losses(here / "other")
+
+
+def autoencoder_losses(run):
+    with open(run / "log.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["stage"] == "autoencoder"]
+    return [row["perceptual"] for row in rows]
 
 
 def test_precision_follows_the_hardware(monkeypatch):

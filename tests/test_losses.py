@@ -2,8 +2,6 @@
 
 import copy
 import math
-import sys
-import types
 
 import pytest
 import torch
@@ -25,7 +23,6 @@ from ldm_minimal import (
     discriminator_loss,
     snr_weight,
 )
-from ldm_minimal.stable_diffusion import published_lpips
 
 close = torch.testing.assert_close
 
@@ -373,95 +370,14 @@ def test_clip_loss_of_equal_features_is_chance():
 # ---- the perceptual loss -----------------------------------------------------------------------
 
 
-def vgg16_features():
-    """The convolutional part of VGG16, named as torchvision names it."""
-    layers, c = [], 3
-    for widths in ([64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3):
-        for width in widths:
-            layers += [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
-            c = width
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers)
-
-
-@pytest.fixture(scope="module")
-def published():
-    """The `lpips` package with its own linear weights, on a random VGG16; and that VGG16."""
-    features = randomise(vgg16_features(), seeded())
-    with torch.no_grad():
-        for layer in features:
-            if isinstance(layer, nn.Conv2d):
-                layer.weight.mul_(2**0.5)  # He's: activations keep their size through ReLU
-
-    def vgg16(pretrained):
-        return types.SimpleNamespace(features=features)
-
-    package, models = types.ModuleType("torchvision"), types.ModuleType("torchvision.models")
-    package.models = models
-    models.vgg16 = vgg16
-    reason = "the Makefile installs lpips alone: pip install --no-deps lpips"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "torchvision", package)
-        patch.setitem(sys.modules, "torchvision.models", models)
-        lpips = pytest.importorskip("lpips", reason=reason)
-        theirs = lpips.LPIPS(net="vgg", version="0.1", pnet_rand=True, verbose=False).double()
-    state = {f"features.{name}": tensor for name, tensor in features.state_dict().items()}
-    return theirs, state
-
-
-@pytest.fixture(scope="module")
-def ours(published):
-    theirs, vgg16_state = published
-    return published_lpips(vgg16_state, theirs.state_dict())
-
-
-@pytest.mark.parametrize("size", [(32, 32), (48, 35)])
-@torch.no_grad()
-def test_vgg_distance_is_lpips(published, ours, size):
-    theirs, _ = published
-    x = noise(2, 3, *size).clamp(-1, 1)
-    y = noise(2, 3, *size, seed=1).clamp(-1, 1)
-    expected = theirs(x, y).flatten()
-    assert (expected > 0.01).all()
-    close(ours(x, y), expected, rtol=1e-6, atol=0)
-    close(ours(x.float(), y.float()), expected.float(), rtol=1e-5, atol=1e-6)
-
-
-def test_vgg_features_are_read_before_each_pooling(published, ours):
-    theirs, _ = published
-    x = noise(1, 3, 32, 32)
-    maps = ours.features(x)
-    expected = theirs.net(theirs.scaling_layer(x))
-    assert [tuple(m.shape[1:]) for m in maps] == [
-        (64, 32, 32),
-        (128, 16, 16),
-        (256, 8, 8),
-        (512, 4, 4),
-        (512, 2, 2),
-    ]
-    for our_map, their_map in zip(maps, expected, strict=True):
-        close(our_map, their_map, rtol=1e-5, atol=1e-6)  # lpips keeps its shift in float32
-
-
-def test_vgg_says_what_is_missing(published):
-    theirs, vgg16_state = published
-    linear = theirs.state_dict()
-    without_lin3 = {name: value for name, value in linear.items() if not name.startswith("lin3")}
-    with pytest.raises(ValueError, match="lacks lin3.model.1.weight"):
-        published_lpips(vgg16_state, without_lin3)
-    with pytest.raises(ValueError, match="lacks features.0.weight"):
-        published_lpips({}, linear)
-
-
 @pytest.fixture(scope="module")
 def clip_distance():
     config = ImageConfig(width=8, channel_mult=(1, 2, 4), num_groups=4)
     return PerceptualLoss(randomise(ImageEncoder(config, 16), seeded()).double().features)
 
 
-@pytest.mark.parametrize("network", ["ours", "clip_distance"])
-def test_perceptual_loss_is_a_distance(network, request):
-    distance = request.getfixturevalue(network)
+def test_perceptual_loss_is_a_distance(clip_distance):
+    distance = clip_distance
     x, y = noise(3, 3, 16, 16), noise(3, 3, 16, 16, seed=1)
     with torch.no_grad():
         far = distance(x, y)

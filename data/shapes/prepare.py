@@ -125,7 +125,8 @@ BACKGROUNDS = {
     "grey": (138, 138, 142),
     "cream": (250, 226, 174),
 }
-SIZES = {"small": 4.4 / 32, "large": 7.0 / 32}  # the radius
+SIZES = {"small": 4.4 / 32, "large": 7.0 / 32}  # the radius in version 1
+RADII = {"small": (4.0 / 32, 4.8 / 32), "large": (6.2 / 32, 7.0 / 32)}  # its range since version 2
 RELATIONS = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
@@ -141,8 +142,15 @@ HELD_OUT = (
     ("blue", "heart"),
     ("green", "cross"),
 )
-# One object has one of 3 x 3 positions; two have the ends of the middle row or column.
+# Version 1 put one object at one of 3 x 3 positions, two at the ends of the middle row or column.
 LINES = (0.25, 0.5, 0.75)
+# Since version 2 a position is anywhere that keeps this much of the image free: beside the edge,
+# on either side of the line between two objects, and how far two may be from their middle line.
+EDGE = 0.5 / 32
+GAP = 1.0 / 32
+SWAY = 4.0 / 32
+# The share of captions that name the left or upper object first.
+IN_ORDER = {1: 0.96, 2: 0.5}
 SUPERSAMPLE = 5  # points a pixel is averaged over, each way
 
 
@@ -163,11 +171,27 @@ def random_kinds(rng, count, held_out):
             return kinds
 
 
-def random_positions(rng, count):
-    """Centres (x, y): of one object, or of two, the first left of or above the second."""
+def fixed_positions(rng, count):
+    """Version 1: centres (x, y) of one object, or of two, the first left of or above the second."""
     if count == 1:
         return [(pick(rng, LINES), pick(rng, LINES))]
     positions = [(LINES[0], LINES[1]), (LINES[2], LINES[1])]
+    return positions if rng.random() < 0.5 else [(x, y) for y, x in positions]
+
+
+def random_positions(rng, radii):
+    """Centres (x, y) of one object or two of these radii, the first left of or above the second.
+
+    Two objects are clearly beside or above each other: each keeps to its half of the image.
+    """
+    if len(radii) == 1:
+        room = EDGE + radii[0]
+        return [tuple(rng.uniform(room, 1 - room, 2).tolist())]
+    positions = []
+    for number, radius in enumerate(radii):
+        along = rng.uniform(EDGE + radius, 0.5 - GAP - radius)
+        sway = min(SWAY, 0.5 - EDGE - radius)
+        positions.append((along if number == 0 else 1 - along, rng.uniform(0.5 - sway, 0.5 + sway)))
     return positions if rng.random() < 0.5 else [(x, y) for y, x in positions]
 
 
@@ -178,16 +202,23 @@ def random_texture(rng, size):
     return pick(rng, ("plain", "plain", "plain", "striped", "checked"))
 
 
-def random_scene(rng, held_out=False):
+def random_scene(rng, held_out=False, version=2):
     """A scene of one object (40%) or two, with a pair of HELD_OUT if `held_out`, else without."""
     count = 1 if rng.random() < 0.4 else 2
     kinds = random_kinds(rng, count, held_out)
     sizes = [pick(rng, SIZES) for _ in kinds]
     textures = [random_texture(rng, size) for size in sizes]
-    positions = random_positions(rng, count)
+    if version == 1:
+        radii = [SIZES[size] for size in sizes]
+        positions = fixed_positions(rng, count)
+    else:
+        radii = [rng.uniform(*RADII[size]) for size in sizes]
+        positions = random_positions(rng, radii)
     things = tuple(
-        Thing(shape, colour, size, texture, x, y, SIZES[size])
-        for (colour, shape), size, texture, (x, y) in zip(kinds, sizes, textures, positions)
+        Thing(shape, colour, size, texture, x, y, radius)
+        for (colour, shape), size, texture, (x, y), radius in zip(
+            kinds, sizes, textures, positions, radii
+        )
     )
     return Scene(pick(rng, BACKGROUNDS), things)
 
@@ -251,9 +282,9 @@ def phrase(thing, rng):
     return " ".join([article, *words])
 
 
-def describe(scene, rng):
-    """A caption, lower case: the left or upper object first in 96%, the background in 50%."""
-    things = scene.things if rng.random() < 0.96 else scene.things[::-1]
+def describe(scene, rng, version=2):
+    """A caption, lower case: either object first (see IN_ORDER), the background in 50%."""
+    things = scene.things if rng.random() < IN_ORDER[version] else scene.things[::-1]
     caption = phrase(things[0], rng)
     comma = ""
     if len(things) == 2:
@@ -269,7 +300,7 @@ def describe(scene, rng):
 # ---- the data set --------------------------------------------------------------------------------
 
 
-def examples(count, seed):
+def examples(count, seed, version=2):
     """Yields `count` times (split, scene, caption), training first; test captions are all new."""
     rng = np.random.default_rng(seed)
     tests = count // 10
@@ -279,18 +310,18 @@ def examples(count, seed):
     seen = set()
     for split in splits:
         while True:
-            scene = random_scene(rng, held_out=split == "composition")
-            caption = describe(scene, rng)
+            scene = random_scene(rng, split == "composition", version)
+            caption = describe(scene, rng, version)
             if split == "train" or caption not in seen:
                 break
         seen.add(caption)
         yield split, scene, caption
 
 
-def files(size, count, seed):
+def files(size, count, seed, version=2):
     """Yields what imagefolder.make writes: (part, file name, PNG file, line of metadata)."""
     numbers = {"train": 0, "test": 0}
-    drawing = tqdm(examples(count, seed), "drawing shapes", count, unit=" images")
+    drawing = tqdm(examples(count, seed, version), "drawing shapes", count, unit=" images")
     for split, scene, caption in drawing:
         part = "train" if split == "train" else "test"
         name = f"{numbers[part]:05d}.png"
@@ -304,7 +335,7 @@ def recorded(folder):
     return imagefolder.recorded(folder, "shapes")
 
 
-def prepare(out, size=32, count=20000, seed=0):
+def prepare(out, size=32, count=20000, seed=0, version=2):
     """Makes `out` the data set; if it is that already, does nothing. True if it drew.
 
     Several processes can ask at once: one draws, the others wait. Raises ValueError for a wrong
@@ -313,8 +344,12 @@ def prepare(out, size=32, count=20000, seed=0):
     imagefolder.check_number("size", size, 16)
     imagefolder.check_number("count", count, 20)
     imagefolder.check_number("seed", seed, 0)
-    record = {"dataset": "shapes", "version": 5, "size": size, "count": count, "seed": seed}
-    return imagefolder.make(out, record, files(size, count, seed))
+    if version not in IN_ORDER:
+        raise ValueError(f"version is {version!r}; allowed are 1 and 2")
+    # The number in dataset.json counts every change of the bytes: 5 is version 1, 6 version 2.
+    record = {"dataset": "shapes", "version": version + 4, "size": size}
+    record |= {"count": count, "seed": seed}
+    return imagefolder.make(out, record, files(size, count, seed, version))
 
 
 def main():
@@ -326,6 +361,8 @@ def main():
     count_help = "images, at least 20; the last tenth is the test set (%(default)s)"
     option("--count", type=int, default=20000, help=count_help)
     option("--seed", type=int, default=0, help="same seed, same bytes (%(default)s)")
+    version_help = "2, or 1: fixed positions and sizes, one order of words (%(default)s)"
+    option("--version", type=int, choices=(1, 2), default=2, help=version_help)
     option("--out", required=True, help="folder to write")
     imagefolder.run(prepare, arguments)
 
