@@ -146,13 +146,15 @@ class TrainConfig:
     learning_rate: float  # the peak of the schedule, see `lr`
     warmup_steps: int = 50  # steps until the peak
     grad_accum_steps: int = 1  # parts of a batch that a process computes one after the other
+    final_lr: float = 0.02  # the learning rate at the end, as a share of the peak
 
     def lr(self, step: int) -> float:
-        """The learning rate of a step: linear warm-up, then a cosine down to a fiftieth."""
+        """The learning rate of a step: linear warm-up, then a cosine down to `final_lr`."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
-        return self.learning_rate * (0.51 + 0.49 * math.cos(math.pi * progress))
+        cosine = 0.5 + 0.5 * math.cos(math.pi * progress)  # from 1 to 0
+        return self.learning_rate * (self.final_lr + (1 - self.final_lr) * cosine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +177,10 @@ class Config:
     kl_weight: float = 1e-6  # of the KL divergence, summed over an image
     perceptual_weight: float = 1.0  # of the perceptual distance, against L1
     adversarial_weight: float = 0.5  # of the adversarial loss, times the adaptive weight
+    adversarial_limit: float = 20.0  # of the adaptive weight
     adversarial_start: int = 500  # first step of the discriminator
+    discriminator_head_start: int = 100  # steps in which it learns and the autoencoder ignores it
+    discriminator_rate: float = 1e-3  # its learning rate, the same in all steps
     snr_clip: float | None = None  # see `snr_weight`
 
     @classmethod
@@ -740,16 +745,23 @@ def _unit_length(features: Tensor) -> Tensor:
     return features * torch.rsqrt((features**2).sum(dim=1, keepdim=True) + 1e-10)
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, limit: float = 1e4
+) -> Tensor:
     """|grad of reconstruction| / (|grad of adversarial| + 1e-4), both at the decoder's last layer.
 
     Esser et al. 2021, eq. 7; 1e-4 is CompVis' value. Multiplied by this weight, the adversarial
     loss has a gradient of the same size as the reconstruction. Both losses are scalars, before
-    any GradScaler; norms are taken in float32. Returns a scalar in [0, 1e4], detached.
+    any GradScaler; norms are taken in float32. Returns a scalar in [0, limit], detached.
+
+    limit: 1e4 is CompVis' value, which is hardly ever reached by a discriminator that has
+    learned. One that knows little has a small gradient, so its weight is large: the autoencoder
+    follows it as fast as the images, and undoes in a step what it has just learned. A low limit
+    keeps it alive (chapter 3).
     """
     reconstruction_norm = _gradient_norm(reconstruction, last_layer)
     adversarial_norm = _gradient_norm(adversarial, last_layer)
-    return (reconstruction_norm / (adversarial_norm + 1e-4)).clamp(0, 1e4).detach()
+    return (reconstruction_norm / (adversarial_norm + 1e-4)).clamp(0, limit).detach()
 
 
 def _gradient_norm(loss: Tensor, weight: Tensor) -> Tensor:
@@ -767,6 +779,7 @@ def autoencoder_loss(
     kl_weight: float = 1e-6,
     perceptual_weight: float = 1.0,
     adversarial_weight: float = 0.5,
+    adversarial_limit: float = 1e4,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L1 + perceptual + adversarial + a tiny KL. Rombach et al. app. G; Esser et al. eq. 5 to 7.
 
@@ -787,7 +800,7 @@ def autoencoder_loss(
     terms = {"l1": l1.mean(), "perceptual": distance.mean(), "kl": kl}
     if discriminator is not None:
         adversarial = -discriminator(x_hat).mean()  # small when x_hat is taken for real
-        weight = adaptive_weight(reconstruction, adversarial, last_layer)
+        weight = adaptive_weight(reconstruction, adversarial, last_layer, adversarial_limit)
         loss = loss + adversarial_weight * weight * adversarial
         terms |= {"adversarial": adversarial, "weight": weight}
     return loss, {name: term.detach() for name, term in terms.items()}
@@ -1890,9 +1903,9 @@ def train_autoencoder(
 
     perceptual: by default on the features of the model's own image encoder. discriminator: by
     default a `PatchDiscriminator(32, 2)` (seed torch for its first weights). It joins at step
-    `model.config.adversarial_start`; the weights of all terms are the config's. Over several
-    processes each takes the adaptive weight of its own share, as CompVis does. Call
-    `measure_scale_factor` afterwards.
+    `model.config.adversarial_start`, and is heard `discriminator_head_start` steps later; the
+    weights of all terms are the config's, too. Over several processes each takes the adaptive
+    weight of its own share, as CompVis does. Call `measure_scale_factor` afterwards.
     """
     accelerator = _begin(accelerator, config, data)
     data = data.to(accelerator.device)
@@ -1901,10 +1914,14 @@ def train_autoencoder(
         perceptual = PerceptualLoss(model.image_encoder.eval().requires_grad_(False).features)
     discriminator = discriminator or PatchDiscriminator(32, 2)
     trainer = Trainer(model.autoencoder, config, accelerator)
-    discriminator_trainer = Trainer(discriminator, config, accelerator)
+    constant_rate = dataclasses.replace(
+        config, learning_rate=model.config.discriminator_rate, warmup_steps=0, final_lr=1.0
+    )
+    discriminator_trainer = Trainer(discriminator, constant_rate, accelerator)
     side = model.config.image_size // model.autoencoder.f
     for step in _steps(config, accelerator, resume_from):
-        adversarial = step >= model.config.adversarial_start
+        joined = step >= model.config.adversarial_start
+        heard = step >= model.config.adversarial_start + model.config.discriminator_head_start
         generator = _step_generator(seed, "autoencoder", step)
         chosen = torch.randperm(len(data), generator=generator)[: config.batch_size]
         noise = torch.randn(
@@ -1922,17 +1939,18 @@ def train_autoencoder(
                     x_hat,
                     posterior,
                     perceptual,
-                    discriminator if adversarial else None,
+                    discriminator if heard else None,
                     model.autoencoder.last_layer,
                     kl_weight=model.config.kl_weight,
                     perceptual_weight=model.config.perceptual_weight,
                     adversarial_weight=model.config.adversarial_weight,
+                    adversarial_limit=model.config.adversarial_limit,
                 )
             trainer.backward(loss)
             losses.append(terms)
             pairs.append(torch.cat([x, x_hat.detach()]))
         trainer.update(step)
-        if adversarial:
+        if joined:
             discriminator.requires_grad_(True)
             for pair, terms in zip(pairs, losses, strict=True):
                 with accelerator.accumulate(discriminator_trainer.net):

@@ -180,10 +180,14 @@ def config_from(args: argparse.Namespace) -> Config:
         recipes[f"{training}_training"] = dataclasses.replace(recipe, **given)
     if args.perceptual == "lpips":
         config = dataclasses.replace(config, perceptual_weight=1.0)  # as in Rombach et al.
-    # The discriminator joins after the same share of a longer or shorter training.
+    # The discriminator joins, and is heard, after the same share of a longer or shorter training.
     share = recipes["autoencoder_training"].steps / config.autoencoder_training.steps
-    adversarial_start = round(config.adversarial_start * share)
-    return dataclasses.replace(config, adversarial_start=adversarial_start, **recipes)
+    return dataclasses.replace(
+        config,
+        adversarial_start=round(config.adversarial_start * share),
+        discriminator_head_start=round(config.discriminator_head_start * share),
+        **recipes,
+    )
 
 
 def mixed_precision(choice: str) -> str:

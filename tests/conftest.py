@@ -44,6 +44,7 @@ TINY = Config(
     autoencoder_training=TINY_TRAINING,
     denoiser_training=TINY_TRAINING,
     adversarial_start=20,
+    discriminator_head_start=3,
 )
 
 

@@ -282,6 +282,7 @@ def test_the_options_of_train_reach_the_recipe(here):
     assert denoiser["batch_size"] == 4 and clip["steps"] == 2
     # The discriminator joins after the same share of the training: 2,000 of 3,000 steps.
     assert config["autoencoder_training"]["steps"] == 3 and config["adversarial_start"] == 2
+    assert config["discriminator_head_start"] == 0
 
 
 def narrow_lpips(path):

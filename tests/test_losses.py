@@ -171,9 +171,10 @@ def test_adaptive_weight_ignores_a_scale_of_both(scale):
     assert expected == pytest.approx((2 * w.norm() / c.norm()).item(), rel=2e-3)
 
 
-def test_adaptive_weight_is_at_most_ten_thousand():
+def test_adaptive_weight_has_a_limit():
     w, _, reconstruction, adversarial = two_losses()
     assert adaptive_weight(reconstruction, 1e-9 * adversarial, w).item() == 1e4
+    assert adaptive_weight(reconstruction, 1e-9 * adversarial, w, limit=20.0).item() == 20
     assert adaptive_weight(0 * reconstruction, adversarial, w).item() == 0
 
 

@@ -141,7 +141,9 @@ def trained(name, tiny, data, *, seed=0, torch_seed=7, save_at=None, folder=None
     torch_seed: of the discriminator's first weights, which a resumed training does not need.
     """
     model = copy.deepcopy(tiny)
-    model.config = dataclasses.replace(model.config, adversarial_start=2)
+    model.config = dataclasses.replace(
+        model.config, adversarial_start=2, discriminator_head_start=1
+    )
     torch.manual_seed(torch_seed)
     accelerator = Accelerator()
     resume_from = folder if resume else None
@@ -246,7 +248,9 @@ def test_two_processes_have_the_gradients_of_one(folder, data, tmp_path):
 def course(model, data):
     """The losses of two steps of all three trainings, one after the other."""
     config = TrainConfig(steps=2, batch_size=4, learning_rate=1e-3, warmup_steps=1)
-    model.config = dataclasses.replace(model.config, adversarial_start=1)
+    model.config = dataclasses.replace(
+        model.config, adversarial_start=1, discriminator_head_start=0
+    )
     torch.manual_seed(0)  # of the discriminator's first weights
     curves = {}
     for name in TRAININGS:

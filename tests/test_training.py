@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import TINY, RecordingAccelerator, clip_of, first, seeded, tiny_model
+from conftest import RecordingAccelerator, clip_of, first, seeded, tiny_model
 from ldm_minimal import (
     EMA,
     CaptionedImages,
@@ -70,10 +70,9 @@ def test_autoencoder_restores_eight_images(tiny, data):
     before = error()
     steps = [terms for _, terms in train_autoencoder(tiny, few, config)]
     assert error() < before / 8  # seeds 0 and 1: a 17th
-    # The discriminator joins at step adversarial_start, not one step earlier.
-    joined = ["adversarial" in terms for terms in steps]
-    assert joined == [step >= TINY.adversarial_start for step in range(60)]
-    assert ["discriminator" in terms for terms in steps] == joined
+    # The discriminator joins at step 20, not one step earlier, and is heard three steps later.
+    assert ["discriminator" in terms for terms in steps] == [False] * 20 + [True] * 40
+    assert ["adversarial" in terms for terms in steps] == [False] * 23 + [True] * 37
 
 
 def test_denoiser_learns_eight_latents(tiny, data):
@@ -124,11 +123,14 @@ def test_a_step_of_clip_by_hand(tiny, data):
     assert relative_error(accelerator.gradients[0], gradient) < 1e-3
 
 
-@pytest.mark.parametrize("adversarial_start", [0, 1])
-def test_a_step_of_the_autoencoder_by_hand(tiny, data, adversarial_start):
+@pytest.mark.parametrize(("start", "head_start"), [(0, 0), (0, 1), (1, 0)])
+@pytest.mark.parametrize("limit", [1e4, 0.01])
+def test_a_step_of_the_autoencoder_by_hand(tiny, data, start, head_start, limit):
     tiny.config = dataclasses.replace(
         tiny.config,
-        adversarial_start=adversarial_start,
+        adversarial_start=start,
+        discriminator_head_start=head_start,
+        adversarial_limit=limit,
         kl_weight=0.03,
         perceptual_weight=0.2,
         adversarial_weight=0.7,
@@ -146,20 +148,22 @@ def test_a_step_of_the_autoencoder_by_hand(tiny, data, adversarial_start):
     autoencoder = expected.autoencoder
     posterior = autoencoder.encode(x)
     x_hat = autoencoder.decode(posterior.mean + (posterior.logvar / 2).exp() * eps)
-    adversarial = adversarial_start == 0
+    joined = start == 0
+    heard = start + head_start == 0
     loss, expected_terms = autoencoder_loss(
         x,
         x_hat,
         posterior,
         PerceptualLoss(expected.image_encoder.features),
-        expected_discriminator if adversarial else None,
+        expected_discriminator if heard else None,
         autoencoder.decoder[-1].weight,
+        adversarial_limit=limit,
         kl_weight=0.03,
         perceptual_weight=0.2,
         adversarial_weight=0.7,
     )
     gradients = [flat_gradient(loss, autoencoder)]
-    if adversarial:
+    if joined:
         real, restored = expected_discriminator(x), expected_discriminator(x_hat.detach())
         their_loss = discriminator_loss(real, restored)
         expected_terms["discriminator"] = their_loss.detach()
@@ -216,7 +220,7 @@ def test_a_batch_in_parts_is_the_same_step(train, data):
         model = tiny_model(data)
         # The adaptive weight is each part's own, so the adversarial loss is left out of the sum.
         model.config = dataclasses.replace(
-            model.config, adversarial_start=0, adversarial_weight=0.0
+            model.config, adversarial_start=0, discriminator_head_start=0, adversarial_weight=0.0
         )
         torch.manual_seed(0)  # of the discriminator's first weights
         accelerator = RecordingAccelerator()
@@ -317,7 +321,7 @@ def test_the_discriminator_learns_that_data_are_real(tiny):
     Whatever the autoencoder's own step left in the discriminator's gradient would be added to it.
     """
     white = CaptionedImages(torch.full((8, 3, 16, 16), 255, dtype=torch.uint8), ["white"] * 8)
-    tiny.config = dataclasses.replace(tiny.config, adversarial_start=0)
+    tiny.config = dataclasses.replace(tiny.config, adversarial_start=0, discriminator_head_start=0)
     discriminator, accelerator = Brightness(), RecordingAccelerator()
     options = {"discriminator": discriminator, "accelerator": accelerator}
     seen = inputs_of(discriminator, train_autoencoder(tiny, white, ONE_STEP, **options))

@@ -105,7 +105,11 @@ def time_stages(config, options, rate):
         AcceleratorState._reset_state(True)  # else the second Accelerator is the first once more
         accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=precision)
         # With the discriminator from the first step on.
-        model = LatentDiffusion(dataclasses.replace(config, scale_factor=1.0, adversarial_start=0))
+        model = LatentDiffusion(
+            dataclasses.replace(
+                config, scale_factor=1.0, adversarial_start=0, discriminator_head_start=0
+            )
+        )
         model.to(accelerator.device)
         model.tokenizer = Tokenizer.train(data.captions, config.text.vocab_size)
         if way == "compiled":

@@ -186,7 +186,9 @@ def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(
     curves = []
     for resume_from in (None, tmp_path):
         model = tiny_model(data)
-        model.config = dataclasses.replace(model.config, adversarial_start=2)
+        model.config = dataclasses.replace(
+            model.config, adversarial_start=2, discriminator_head_start=1
+        )
         torch.manual_seed(0)  # of the discriminator's first weights
         accelerator = Accelerator(mixed_precision=precision)
         options = {"accelerator": accelerator, "resume_from": resume_from}
@@ -243,7 +245,9 @@ def test_training_with_compiled_blocks_is_the_same_training(name, device, data, 
     curves = []
     for compiled in (False, True):
         model = tiny_model(data)
-        model.config = dataclasses.replace(model.config, adversarial_start=1)
+        model.config = dataclasses.replace(
+            model.config, adversarial_start=1, discriminator_head_start=0
+        )
         torch.manual_seed(0)  # of the discriminator's first weights
         if compiled:
             compile_blocks(model)
