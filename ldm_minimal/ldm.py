@@ -110,6 +110,7 @@ class ImageConfig:
     width: int = 32  # channels at full resolution
     channel_mult: tuple[int, ...] = (1, 2, 4)  # channels of each level, in multiples of width
     num_groups: int = 8  # of every GroupNorm
+    pool: int = 1  # the last map is averaged in pool x pool fields; 1 forgets what is where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +169,7 @@ class Config:
     autoencoder: AutoencoderConfig
     unet: UNetConfig
     clip_training: TrainConfig | None = None
+    clip_text_lr: float = 0.1  # learning rate of CLIP's text tower, as a share of the image tower's
     autoencoder_training: TrainConfig | None = None
     denoiser_training: TrainConfig | None = None
     schedule: str = "scaled-linear"  # kind of NoiseSchedule
@@ -824,7 +826,7 @@ class CaptionedImages:
     """Images and their captions, held in memory.
 
     images: (N, 3, size, size) uint8. captions: N strings. rows: a dict of metadata for each
-    image, or None.
+    image, or None. Two rows with the same "pair" are hard to tell apart, see `train_clip`.
     """
 
     def __init__(self, images: Tensor, captions: list[str], rows: list[dict] | None = None):
@@ -867,6 +869,15 @@ class CaptionedImages:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def pairs(self) -> Tensor | None:
+        """The rows of each pair, (P, 2) long; None where the metadata marks no pairs."""
+        members = {}
+        for i, row in enumerate(self.rows):
+            if "pair" in row:
+                members.setdefault(row["pair"], []).append(i)
+        found = [rows for rows in members.values() if len(rows) == 2]
+        return torch.tensor(found) if found else None
 
     def to(self, device: torch.device) -> CaptionedImages:
         """The same images and captions, the images on `device`."""
@@ -1110,7 +1121,7 @@ def _first_end(tokens: Tensor) -> Tensor:
 
 
 class ImageEncoder(nn.Module):
-    """The image tower of our small CLIP: convolutions, then a mean over positions.
+    """The image tower of our small CLIP: convolutions, then means over the fields of a grid.
 
     x (B, 3, H, W) -> (B, text width). Size shapes: maps (16, 32, 32), (32, 16, 16), (64, 8, 8).
     `features` returns these maps; the perceptual loss compares them. `logit_scale`, log(1 /
@@ -1128,7 +1139,7 @@ class ImageEncoder(nn.Module):
             self.levels.append(nn.Sequential(first, block))
             c = config.width * mult
         self.norm = nn.GroupNorm(config.num_groups, c)
-        self.proj = nn.Linear(c, text_width)
+        self.proj = nn.Linear(config.pool**2 * c, text_width)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.to(memory_format=torch.channels_last)
 
@@ -1142,7 +1153,8 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.silu(self.norm(self.features(x)[-1]))  # (B, C, h, w)
-        return self.proj(h.mean(dim=(2, 3)))
+        means = F.adaptive_avg_pool2d(h, self.config.pool)  # (B, C, pool, pool)
+        return self.proj(means.flatten(1))
 
 
 class CLIP(nn.Module):
@@ -1723,8 +1735,8 @@ class Trainer:
     """A module and its AdamW, prepared by accelerate: what a loop needs besides the method.
 
     In a loop: `net` predicts, `backward` takes the loss of each of the `micro_batches`, and
-    `update` makes the optimizer's step with gradients clipped to norm 1. slow: a part of the
-    module that learns at a tenth of the rate. ema: an average that follows each step.
+    `update` makes the optimizer's step with gradients clipped to norm 1. part: a part of the
+    module that learns at `part_lr` times the rate. ema: an average that follows each step.
     """
 
     def __init__(
@@ -1733,16 +1745,17 @@ class Trainer:
         config: TrainConfig,
         accelerator: Accelerator,
         *,
-        slow: nn.Module | None = None,
+        part: nn.Module | None = None,
+        part_lr: float = 1.0,
         ema: EMA | None = None,
     ):
         module.train().requires_grad_(True).to(accelerator.device)
-        slow_parameters = [] if slow is None else list(slow.parameters())
-        slow_ids = {id(p) for p in slow_parameters}
-        parameters = [p for p in module.parameters() if id(p) not in slow_ids]
+        part_parameters = [] if part is None else list(part.parameters())
+        part_ids = {id(p) for p in part_parameters}
+        parameters = [p for p in module.parameters() if id(p) not in part_ids]
         groups = [
             {"params": parameters, "lr_scale": 1.0},
-            {"params": slow_parameters, "lr_scale": 0.1},
+            {"params": part_parameters, "lr_scale": part_lr},
         ]
         adamw = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.99), fused=True)
         accelerator.gradient_accumulation_steps = config.grad_accum_steps
@@ -1843,25 +1856,34 @@ def train_clip(
     data: CaptionedImages,
     config: TrainConfig,
     *,
+    text_lr: float = 0.1,
     seed: int = 0,
     accelerator: Accelerator | None = None,
     resume_from: str | os.PathLike | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Bring images and their captions together. Yields (steps done, {"clip": loss}); trains `clip`.
 
-    The text tower learns at a tenth of the rate. The loss rewards only what tells the images of
-    one batch apart; at the full rate the text tower would lose the rest, such as which of two
-    objects is above the other, and the U-Net needs it. Each image meets every caption of its
-    batch, so a batch is never computed in parts: grad_accum_steps is taken as 1.
+    The loss rewards only what tells the images of one batch apart. Among images chosen at random
+    that is which words the caption has, not which word belongs to which (Yuksekgonul et al.
+    2022), and the U-Net needs both. So a batch is made of `data.pairs()` where there are any:
+    images that differ in one thing, such as which of two objects is red. text_lr: learning rate
+    of the text tower, as a share of `config.lr`; without pairs, a tenth keeps it from losing what
+    the loss does not reward. Each image meets every caption of its batch, so a batch is never
+    computed in parts: grad_accum_steps is taken as 1.
     """
     config = dataclasses.replace(config, grad_accum_steps=1)
     accelerator = _begin(accelerator, config, data)
     data = data.to(accelerator.device)
     tokens = _without_padding(clip.tokenizer(data.captions)).to(accelerator.device)
-    trainer = Trainer(clip, config, accelerator, slow=clip.text_encoder)
+    trainer = Trainer(clip, config, accelerator, part=clip.text_encoder, part_lr=text_lr)
+    pairs = data.pairs()
     for step in _steps(config, accelerator, resume_from):
         generator = _step_generator(seed, "clip", step)
-        chosen = torch.randperm(len(data), generator=generator)[: config.batch_size]
+        if pairs is None:
+            chosen = torch.randperm(len(data), generator=generator)
+        else:
+            chosen = pairs[torch.randperm(len(pairs), generator=generator)].flatten()
+        chosen = chosen[: config.batch_size]
         for (rows,) in trainer.micro_batches(chosen):
             image_features, text_features, scale = trainer.net(data.batch(rows), tokens[rows])
             image_features = _gather_with_gradient(image_features, accelerator)

@@ -402,6 +402,7 @@ def train_stage(
         compile_blocks(clip)
     if stage in ("clip", "evaluator"):
         recipe = model.config.clip_training
+        options["text_lr"] = model.config.clip_text_lr
         training = train_clip(clip, data, recipe, **options)
     elif stage == "autoencoder":
         recipe = model.config.autoencoder_training

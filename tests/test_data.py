@@ -99,6 +99,14 @@ def test_a_folder_without_captions_says_what_is_missing(tmp_path):
         CaptionedImages.from_folder(tmp_path, 4)
 
 
+def test_pairs_are_rows_with_the_same_mark():
+    marks = [7, None, 3, 7, 3, 9]
+    rows = [{"text": ""} | ({} if mark is None else {"pair": mark}) for mark in marks]
+    images = torch.zeros(6, 3, 4, 4, dtype=torch.uint8)
+    assert CaptionedImages(images, [""] * 6, rows).pairs().tolist() == [[0, 3], [2, 4]]
+    assert CaptionedImages(images, [""] * 6).pairs() is None
+
+
 def test_tensors_need_no_folder():
     images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
     data = CaptionedImages(images, ["a", "b"])

@@ -103,14 +103,21 @@ def test_only_its_own_part_is_trained(tiny, data):
 # numbers in the same order.
 
 
-def test_a_step_of_clip_by_hand(tiny, data):
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_step_of_clip_by_hand(tiny, data, paired):
+    if not paired:
+        data = CaptionedImages(data.images, data.captions)
     clip, expected = clip_of(tiny), clip_of(copy.deepcopy(tiny))
     accelerator = RecordingAccelerator()
     training = train_clip(clip, data, ONE_STEP, seed=3, accelerator=accelerator)
     _, losses = next(training)
 
     generator = ldm._step_generator(3, "clip", 0)
-    rows = torch.randperm(len(data), generator=generator)[:8]
+    if paired:  # in this data set each even row is followed by its twin
+        pairs = torch.randperm(len(data) // 2, generator=generator)[:4].tolist()
+        rows = [row for pair in pairs for row in (2 * pair, 2 * pair + 1)]
+    else:
+        rows = torch.randperm(len(data), generator=generator)[:8].tolist()
     x = data.images[rows].float() / 127.5 - 1
     tokens = tiny.tokenizer([data.captions[i] for i in rows])
     loss = clip_loss(

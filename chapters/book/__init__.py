@@ -3,12 +3,11 @@
 Importing it sets matplotlib's style for the whole book.
 """
 
-from ldm_minimal.files import SHIPPED
 from ldm_minimal.sample import to_image
 
 from .diagrams import diagram
 from .grading import check
-from .loading import load_data, load_evaluator, load_model, result
+from .loading import SHIPPED, load_data, load_evaluator, load_model, result
 from .plotting import (
     BLACK,
     BLUE,

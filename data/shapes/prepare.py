@@ -14,7 +14,7 @@ fills.
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +126,10 @@ BACKGROUNDS = {
     "cream": (250, 226, 174),
 }
 SIZES = {"small": 4.4 / 32, "large": 7.0 / 32}  # the radius in version 1
-RADII = {"small": (4.0 / 32, 4.8 / 32), "large": (6.2 / 32, 7.0 / 32)}  # its range since version 2
+RADII = {  # since version 2
+    "small": (4.2 / 32, 4.4 / 32, 4.6 / 32),
+    "large": (6.6 / 32, 6.8 / 32, 7.0 / 32),
+}
 RELATIONS = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
@@ -144,11 +147,11 @@ HELD_OUT = (
 )
 # Version 1 put one object at one of 3 x 3 positions, two at the ends of the middle row or column.
 LINES = (0.25, 0.5, 0.75)
-# Since version 2 a position is anywhere that keeps this much of the image free: beside the edge,
-# on either side of the line between two objects, and how far two may be from their middle line.
-EDGE = 0.5 / 32
-GAP = 1.0 / 32
-SWAY = 4.0 / 32
+# Since version 2 a position is any point of a grid (whole pixels at size 32) that leaves some room
+# at the edge and between two objects. Two are at most SWAY beside the middle row or column.
+GRID = 32
+ROOM = 0.9 / 32
+SWAY = 4 / 32
 # The share of captions that name the left or upper object first.
 IN_ORDER = {1: 0.96, 2: 0.5}
 SUPERSAMPLE = 5  # points a pixel is averaged over, each way
@@ -184,14 +187,18 @@ def random_positions(rng, radii):
 
     Two objects are clearly beside or above each other: each keeps to its half of the image.
     """
+
+    def between(low, high):
+        return int(rng.integers(np.ceil(low * GRID), np.floor(high * GRID), endpoint=True)) / GRID
+
     if len(radii) == 1:
-        room = EDGE + radii[0]
-        return [tuple(rng.uniform(room, 1 - room, 2).tolist())]
+        low = radii[0] + ROOM - 0.5 / GRID
+        return [(between(low, 1 - low), between(low, 1 - low))]
     positions = []
     for number, radius in enumerate(radii):
-        along = rng.uniform(EDGE + radius, 0.5 - GAP - radius)
-        sway = min(SWAY, 0.5 - EDGE - radius)
-        positions.append((along if number == 0 else 1 - along, rng.uniform(0.5 - sway, 0.5 + sway)))
+        along = between(radius + ROOM, 0.5 - ROOM - radius)
+        across = between(0.5 - SWAY, 0.5 + SWAY)
+        positions.append((along if number == 0 else 1 - along, across))
     return positions if rng.random() < 0.5 else [(x, y) for y, x in positions]
 
 
@@ -212,7 +219,7 @@ def random_scene(rng, held_out=False, version=2):
         radii = [SIZES[size] for size in sizes]
         positions = fixed_positions(rng, count)
     else:
-        radii = [rng.uniform(*RADII[size]) for size in sizes]
+        radii = [pick(rng, RADII[size]) for size in sizes]
         positions = random_positions(rng, radii)
     things = tuple(
         Thing(shape, colour, size, texture, x, y, radius)
@@ -221,6 +228,38 @@ def random_scene(rng, held_out=False, version=2):
         )
     )
     return Scene(pick(rng, BACKGROUNDS), things)
+
+
+def twin(rng, scene):
+    """The same scene with one thing changed: what tells them apart is which attribute goes where.
+
+    Two objects exchange their colours, their shapes, both or their textures; one object gets
+    another colour or shape. No pair of HELD_OUT comes in.
+    """
+    if len(scene.things) == 2:
+        options = exchanged(*scene.things)
+    else:
+        (thing,) = scene.things
+        options = [(replace(thing, colour=colour),) for colour in COLOURS]
+        options += [(replace(thing, shape=shape),) for shape in SHAPES]
+    allowed = []
+    for things in options:
+        held_out = any((thing.colour, thing.shape) in HELD_OUT for thing in things)
+        if things != scene.things and not held_out:
+            allowed.append(things)
+    return replace(scene, things=pick(rng, allowed))
+
+
+def exchanged(first, second):
+    """Two objects in their places, with some attribute of each other's: a list of pairs."""
+    pairs = []
+    for names in (["colour"], ["shape"], ["colour", "shape"], ["texture"]):
+        if "texture" in names and first.size != second.size:
+            continue  # a small object is always plain
+        of_first = {name: getattr(first, name) for name in names}
+        of_second = {name: getattr(second, name) for name in names}
+        pairs.append((replace(first, **of_second), replace(second, **of_first)))
+    return pairs
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -301,16 +340,23 @@ def describe(scene, rng, version=2):
 
 
 def examples(count, seed, version=2):
-    """Yields `count` times (split, scene, caption), training first; test captions are all new."""
+    """Yields `count` times (split, scene, caption), training first; test captions are all new.
+
+    Since version 2, every second image of the training set is the twin of the one before it.
+    """
     rng = np.random.default_rng(seed)
     tests = count // 10
     compositions = -(-tests // 4)
     test_splits = ["composition"] * compositions + ["test"] * (tests - compositions)
     splits = ["train"] * (count - tests) + rng.permutation(test_splits).tolist()
     seen = set()
-    for split in splits:
+    scene = None
+    for number, split in enumerate(splits):
         while True:
-            scene = random_scene(rng, split == "composition", version)
+            if split == "train" and number % 2 and version == 2:
+                scene = twin(rng, scene)
+            else:
+                scene = random_scene(rng, split == "composition", version)
             caption = describe(scene, rng, version)
             if split == "train" or caption not in seen:
                 break
@@ -327,6 +373,8 @@ def files(size, count, seed, version=2):
         name = f"{numbers[part]:05d}.png"
         numbers[part] += 1
         line = {"file_name": name, "text": caption, "split": split, "scene": asdict(scene)}
+        if part == "train" and version == 2:
+            line["pair"] = int(name[:-4]) // 2
         yield part, name, imagefolder.png(Image.fromarray(draw(scene, size))), line
 
 

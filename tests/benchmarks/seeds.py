@@ -1,0 +1,95 @@
+"""How much does `train` depend on the seed and on the number of threads? A table.
+
+    python tests/benchmarks/seeds.py                       # five seeds with two threads
+    python tests/benchmarks/seeds.py --threads 1 --jobs 2  # with one thread each, two at once
+
+Each run is `python -m ldm_minimal train` as a reader types it, into runs/seeds/THREADS-SEED; then
+its model is scored on 512 held-out captions. A stopped run goes on where it was, and a finished one
+is read, not repeated. Further options go to `train` (after `--`).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+COLUMNS = (
+    "all",
+    "seen pairs",
+    "composition",
+    "count",
+    "size",
+    "texture",
+    "colour",
+    "shape",
+    "relation",
+)
+
+
+def train_and_evaluate(out, seed, threads, captions, options):
+    """Train one seed, score it, and return its scores; what is there already is not repeated."""
+    result = out / "seed.json"
+    if result.is_file():
+        return json.loads(result.read_text())
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    program = [sys.executable, "-m", "ldm_minimal"]
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".log"), "a") as log:
+        start = time.time()
+        command = [*program, "train", "--seed", str(seed), "--out", str(out), "--captions", "0"]
+        subprocess.run([*command, *options], env=environment, stdout=log, stderr=log, check=True)
+        minutes = (time.time() - start) / 60
+        command = [*program, "evaluate", "--model", str(out), "--captions", str(captions), "--json"]
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=log, check=True
+        )
+    scores = json.loads(done.stdout)
+    scores["minutes"] = minutes
+    result.write_text(json.dumps(scores))
+    return scores
+
+
+def row_of(scores, guidance="5"):
+    """The figures of a run's line in the table."""
+    accuracy = scores["guidance"][guidance]["accuracy"]
+    row = [accuracy[name] for name in COLUMNS]
+    return [*row, scores["ceiling"]["all"], scores["psnr"], scores["minutes"]]
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    arguments.add_argument("--threads", type=int, default=2, help="of each run (default 2)")
+    arguments.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
+    arguments.add_argument("--captions", type=int, default=512)
+    arguments.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/seeds"))
+    arguments.add_argument("options", nargs="*", help="of train, after --")
+    given = arguments.parse_args()
+    with ThreadPoolExecutor(given.jobs) as pool:
+        futures = []
+        for seed in given.seeds:
+            out = given.out / f"{given.threads}-{seed}"
+            arguments_of_run = (out, seed, given.threads, given.captions, given.options)
+            futures.append(pool.submit(train_and_evaluate, *arguments_of_run))
+        rows = []
+        names = [*COLUMNS, "ceiling", "PSNR", "minutes"]
+        print("seed     " + "".join(f"{name:>12}" for name in names))
+        for seed, future in zip(given.seeds, futures, strict=True):
+            rows.append(row_of(future.result()))
+            print(f"{seed:<9}" + cells(rows[-1]), flush=True)
+    for label, choose in (("lowest", min), ("median", statistics.median), ("highest", max)):
+        print(f"{label:<9}" + cells([choose(column) for column in zip(*rows)]))
+
+
+def cells(row):
+    *shares, psnr, minutes = row
+    return "".join(f"{share:>12.1%}" for share in shares) + f"{psnr:>9.2f} dB{minutes:>12.1f}"
+
+
+if __name__ == "__main__":
+    main()
