@@ -106,6 +106,27 @@ def test_the_set_up_cell_finds_the_book_from_any_folder_of_a_clone(place, tmp_pa
     assert run.stdout == "True\n", run.stderr
 
 
+BESIDE_A_GPU = """
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+{}
+from accelerate import Accelerator
+print(Accelerator().device)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "device"), [("import book", "cpu"), ("", "cuda")])
+def test_chapters_train_on_the_cpu_beside_a_gpu(first, device, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    command = [sys.executable, "-c", BESIDE_A_GPU.format(first)]
+    run = subprocess.run(
+        command, cwd=ROOT / "chapters", capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout == f"{device}\n", run.stderr
+
+
 @every_chapter
 def test_a_chapter_has_the_form_of_one(path):
     text = "\n".join(cell["source"] for cell in cells(path, "markdown"))

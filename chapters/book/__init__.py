@@ -1,7 +1,13 @@
 """What the chapters share: figures in one style, widgets, the data and the shipped model, `check`.
 
-Importing it sets matplotlib's style for the whole book.
+Importing it sets matplotlib's style for the whole book, and makes `accelerate` train on the CPU.
 """
+
+import os
+
+# What the chapters train is sized for two CPU cores, and their cells mix models, data and probes.
+# A training would otherwise move its model to a GPU and leave the rest where it was.
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 from ldm_minimal.sample import to_image
 

@@ -126,7 +126,7 @@ BACKGROUNDS = {
     "cream": (250, 226, 174),
 }
 SIZES = {"small": 4.4 / 32, "large": 7.0 / 32}  # the radius in version 1
-RADII = {  # since version 2
+RADII = {  # in version 2
     "small": (4.2 / 32, 4.4 / 32, 4.6 / 32),
     "large": (6.6 / 32, 6.8 / 32, 7.0 / 32),
 }
@@ -145,9 +145,10 @@ HELD_OUT = (
     ("blue", "heart"),
     ("green", "cross"),
 )
-# Version 1 put one object at one of 3 x 3 positions, two at the ends of the middle row or column.
+VERSION = 1  # of the data set, unless another is asked for
+# Version 1 puts one object at one of 3 x 3 positions, two at the ends of the middle row or column.
 LINES = (0.25, 0.5, 0.75)
-# Since version 2 a position is any point of a grid (whole pixels at size 32) that leaves some room
+# In version 2 a position is any point of a grid (whole pixels at size 32) that leaves some room
 # at the edge and between two objects. Two are at most SWAY beside the middle row or column.
 GRID = 32
 ROOM = 0.9 / 32
@@ -209,7 +210,7 @@ def random_texture(rng, size):
     return pick(rng, ("plain", "plain", "plain", "striped", "checked"))
 
 
-def random_scene(rng, held_out=False, version=2):
+def random_scene(rng, held_out=False, version=VERSION):
     """A scene of one object (40%) or two, with a pair of HELD_OUT if `held_out`, else without."""
     count = 1 if rng.random() < 0.4 else 2
     kinds = random_kinds(rng, count, held_out)
@@ -231,35 +232,38 @@ def random_scene(rng, held_out=False, version=2):
 
 
 def twin(rng, scene):
-    """The same scene with one thing changed: what tells them apart is which attribute goes where.
+    """The same scene but for one thing: what tells them apart is which word goes where.
 
-    Two objects exchange their colours, their shapes, both or their textures; one object gets
-    another colour or shape. No pair of HELD_OUT comes in.
+    Two objects exchange their colours, their shapes, both or their textures. One object gets
+    another colour, shape or texture.
     """
-    if len(scene.things) == 2:
-        options = exchanged(*scene.things)
-    else:
-        (thing,) = scene.things
-        options = [(replace(thing, colour=colour),) for colour in COLOURS]
-        options += [(replace(thing, shape=shape),) for shape in SHAPES]
-    allowed = []
-    for things in options:
-        held_out = any((thing.colour, thing.shape) in HELD_OUT for thing in things)
-        if things != scene.things and not held_out:
-            allowed.append(things)
-    return replace(scene, things=pick(rng, allowed))
+    while True:
+        if len(scene.things) == 2:
+            names = pick(rng, (["colour"], ["shape"], ["colour", "shape"], ["texture"]))
+            things = exchanged(*scene.things, names)
+        else:
+            things = changed(rng, *scene.things, pick(rng, ("colour", "shape", "texture")))
+        if things != scene.things and all(is_allowed(thing) for thing in things):
+            return replace(scene, things=things)
 
 
-def exchanged(first, second):
-    """Two objects in their places, with some attribute of each other's: a list of pairs."""
-    pairs = []
-    for names in (["colour"], ["shape"], ["colour", "shape"], ["texture"]):
-        if "texture" in names and first.size != second.size:
-            continue  # a small object is always plain
-        of_first = {name: getattr(first, name) for name in names}
-        of_second = {name: getattr(second, name) for name in names}
-        pairs.append((replace(first, **of_second), replace(second, **of_first)))
-    return pairs
+def exchanged(first, second, names):
+    """Two objects, each with these attributes of the other."""
+    of_first = {name: getattr(first, name) for name in names}
+    of_second = {name: getattr(second, name) for name in names}
+    return replace(first, **of_second), replace(second, **of_first)
+
+
+def changed(rng, thing, name):
+    """An object with a random value of one attribute."""
+    values = {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES}[name]
+    return (replace(thing, **{name: pick(rng, values)}),)
+
+
+def is_allowed(thing):
+    """In the training set: no pair of HELD_OUT, and a small object is plain."""
+    small_and_patterned = thing.size == "small" and thing.texture != "plain"
+    return (thing.colour, thing.shape) not in HELD_OUT and not small_and_patterned
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -321,7 +325,7 @@ def phrase(thing, rng):
     return " ".join([article, *words])
 
 
-def describe(scene, rng, version=2):
+def describe(scene, rng, version=VERSION):
     """A caption, lower case: either object first (see IN_ORDER), the background in 50%."""
     things = scene.things if rng.random() < IN_ORDER[version] else scene.things[::-1]
     caption = phrase(things[0], rng)
@@ -339,10 +343,10 @@ def describe(scene, rng, version=2):
 # ---- the data set --------------------------------------------------------------------------------
 
 
-def examples(count, seed, version=2):
+def examples(count, seed, version=VERSION):
     """Yields `count` times (split, scene, caption), training first; test captions are all new.
 
-    Since version 2, every second image of the training set is the twin of the one before it.
+    In version 2, every second image of the training set is the twin of the one before it.
     """
     rng = np.random.default_rng(seed)
     tests = count // 10
@@ -364,7 +368,7 @@ def examples(count, seed, version=2):
         yield split, scene, caption
 
 
-def files(size, count, seed, version=2):
+def files(size, count, seed, version=VERSION):
     """Yields what imagefolder.make writes: (part, file name, PNG file, line of metadata)."""
     numbers = {"train": 0, "test": 0}
     drawing = tqdm(examples(count, seed, version), "drawing shapes", count, unit=" images")
@@ -383,7 +387,7 @@ def recorded(folder):
     return imagefolder.recorded(folder, "shapes")
 
 
-def prepare(out, size=32, count=20000, seed=0, version=2):
+def prepare(out, size=32, count=20000, seed=0, version=VERSION):
     """Makes `out` the data set; if it is that already, does nothing. True if it drew.
 
     Several processes can ask at once: one draws, the others wait. Raises ValueError for a wrong
@@ -409,8 +413,8 @@ def main():
     count_help = "images, at least 20; the last tenth is the test set (%(default)s)"
     option("--count", type=int, default=20000, help=count_help)
     option("--seed", type=int, default=0, help="same seed, same bytes (%(default)s)")
-    version_help = "2, or 1: fixed positions and sizes, one order of words (%(default)s)"
-    option("--version", type=int, choices=(1, 2), default=2, help=version_help)
+    version_help = "1: few positions, mostly one order of words; 2: neither (%(default)s)"
+    option("--version", type=int, choices=(1, 2), default=VERSION, help=version_help)
     option("--out", required=True, help="folder to write")
     imagefolder.run(prepare, arguments)
 
