@@ -185,6 +185,15 @@ class Config:
     discriminator_rate: float = 1e-3  # its learning rate, the same in all steps
     snr_clip: float | None = None  # see `snr_weight`
 
+    def autoencoder_weights(self) -> dict[str, float]:
+        """The weights of the terms of `autoencoder_loss`."""
+        return {
+            "kl_weight": self.kl_weight,
+            "perceptual_weight": self.perceptual_weight,
+            "adversarial_weight": self.adversarial_weight,
+            "adversarial_limit": self.adversarial_limit,
+        }
+
     @classmethod
     def from_dict(cls, values: dict) -> Config:
         """The inverse of `dataclasses.asdict`; lists from JSON become tuples."""
@@ -1940,10 +1949,14 @@ def train_autoencoder(
         config, learning_rate=model.config.discriminator_rate, warmup_steps=0, final_lr=1.0
     )
     discriminator_trainer = Trainer(discriminator, constant_rate, accelerator)
+    last_layer = model.autoencoder.last_layer
+    weights = model.config.autoencoder_weights()
     side = model.config.image_size // model.autoencoder.f
+    joins_at = model.config.adversarial_start
+    heard_at = joins_at + model.config.discriminator_head_start
     for step in _steps(config, accelerator, resume_from):
-        joined = step >= model.config.adversarial_start
-        heard = step >= model.config.adversarial_start + model.config.discriminator_head_start
+        joined = step >= joins_at
+        heard = step >= heard_at
         generator = _step_generator(seed, "autoencoder", step)
         chosen = torch.randperm(len(data), generator=generator)[: config.batch_size]
         noise = torch.randn(
@@ -1956,17 +1969,9 @@ def train_autoencoder(
             x = data.batch(rows)
             x_hat, posterior = trainer.net(x, eps)
             with accelerator.autocast():
+                judged_by = discriminator if heard else None
                 loss, terms = autoencoder_loss(
-                    x,
-                    x_hat,
-                    posterior,
-                    perceptual,
-                    discriminator if heard else None,
-                    model.autoencoder.last_layer,
-                    kl_weight=model.config.kl_weight,
-                    perceptual_weight=model.config.perceptual_weight,
-                    adversarial_weight=model.config.adversarial_weight,
-                    adversarial_limit=model.config.adversarial_limit,
+                    x, x_hat, posterior, perceptual, judged_by, last_layer, **weights
                 )
             trainer.backward(loss)
             losses.append(terms)

@@ -70,9 +70,9 @@ def prepare_module():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A shapes data set of 16 x 16 images: 216 to train on, in pairs, and 24 to test on."""
+    """A shapes data set of 16 x 16 images: 216 to train on, 24 to test on."""
     path = tmp_path_factory.mktemp("data") / "shapes"
-    prepare_module().prepare(path, 16, 240, seed=0, version=2)
+    prepare_module().prepare(path, 16, 240, seed=0)
     return path
 
 

@@ -105,15 +105,16 @@ def test_only_its_own_part_is_trained(tiny, data):
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_a_step_of_clip_by_hand(tiny, data, paired):
-    if not paired:
-        data = CaptionedImages(data.images, data.captions)
+    if paired:  # each even row with the next one
+        rows = [{"text": text, "pair": i // 2} for i, text in enumerate(data.captions)]
+        data = CaptionedImages(data.images, data.captions, rows)
     clip, expected = clip_of(tiny), clip_of(copy.deepcopy(tiny))
     accelerator = RecordingAccelerator()
     training = train_clip(clip, data, ONE_STEP, seed=3, accelerator=accelerator)
     _, losses = next(training)
 
     generator = ldm._step_generator(3, "clip", 0)
-    if paired:  # in this data set each even row is followed by its twin
+    if paired:
         pairs = torch.randperm(len(data) // 2, generator=generator)[:4].tolist()
         rows = [row for pair in pairs for row in (2 * pair, 2 * pair + 1)]
     else:
