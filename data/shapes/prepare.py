@@ -148,9 +148,9 @@ HELD_OUT = (
 VERSION = 1  # of the data set, unless another is asked for
 # Version 1 puts one object at one of 3 x 3 positions, two at the ends of the middle row or column.
 LINES = (0.25, 0.5, 0.75)
-# In version 2 a position is any point of a grid (whole pixels at size 32) that leaves some room
-# at the edge and between two objects. Two are at most SWAY beside the middle row or column.
-GRID = 32
+# In version 2 a position is any point of a grid (every fourth pixel at size 32) that leaves some
+# room at the edge and between two objects. Two are at most SWAY beside the middle row or column.
+GRID = 8
 ROOM = 0.9 / 32
 SWAY = 4 / 32
 # The share of captions that name the left or upper object first.
@@ -193,7 +193,7 @@ def random_positions(rng, radii):
         return int(rng.integers(np.ceil(low * GRID), np.floor(high * GRID), endpoint=True)) / GRID
 
     if len(radii) == 1:
-        low = radii[0] + ROOM - 0.5 / GRID
+        low = radii[0] + ROOM / 2
         return [(between(low, 1 - low), between(low, 1 - low))]
     positions = []
     for number, radius in enumerate(radii):
