@@ -226,6 +226,7 @@ def test_a_mistyped_data_folder_is_not_created(here):
     assert not (here / "shpaes").exists()
 
 
+@pytest.mark.slow
 def test_a_new_data_folder_is_drawn_where_a_count_asks_for_it(here):
     assert main([*TRAIN, "--data", "fresh", "--count", "40", "--captions", "0"]) == 0
     assert len(list((here / "fresh/train").glob("*.png"))) == 36
@@ -234,6 +235,7 @@ def test_a_new_data_folder_is_drawn_where_a_count_asks_for_it(here):
 # ---- train -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_of_another_seed_is_not_overwritten(here, capsys):
     assert main([*TRAIN, "--captions", "0"]) == 0
     before = (here / "new/model/model.safetensors").read_bytes()
@@ -242,6 +244,7 @@ def test_a_run_of_another_seed_is_not_overwritten(here, capsys):
     assert (here / "new/model/model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_train_from_the_first_image_to_the_scores(here, capsys):
     assert main([*TRAIN, "--captions", "4"]) == 0
     said = capsys.readouterr().out
@@ -272,6 +275,7 @@ def test_train_on_a_folder_of_ones_own_images(here):
     assert (here / "new/samples.png").exists()
 
 
+@pytest.mark.slow
 def test_the_options_of_train_reach_the_recipe(here):
     options = ["--accumulate", "2", "--rate-denoiser", "0.001", "--steps-autoencoder", "3"]
     assert main([*TRAIN, *options, "--captions", "0"]) == 0
@@ -297,6 +301,7 @@ def narrow_lpips(path):
     safetensors.torch.save_file(weights, path)
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_with_the_published_lpips(here, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "LPIPS_WEIGHTS", here / "vgg16.safetensors")
     command = [*TRAIN, "--perceptual", "lpips", "--captions", "4"]
@@ -431,6 +436,7 @@ def test_a_caption_that_is_too_long_is_cut_and_said(here, capsys):
 # ---- evaluate, info, and all of it as a process ------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluate_prints_a_table_or_json(here, capsys):
     command = [*EVALUATE, "--captions", "4", "--guidance", "1", "3"]
     assert main(command) == 0

@@ -186,6 +186,7 @@ def archive_of(prepare, data, monkeypatch):
     return archive
 
 
+@pytest.mark.slow
 def test_arrays_become_the_weights_of_torch(prepare, tmp_path, monkeypatch):
     arrays = flax_arrays(prepare)
     monkeypatch.setattr(prepare, "compare_with_lpips", lambda weights: False)

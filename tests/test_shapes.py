@@ -353,6 +353,7 @@ def spoilt(image, how, rng):
     return halved_and_enlarged(image, Image.Resampling[how])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how, least", [("noise", 0.97), ("BILINEAR", 0.97), ("BICUBIC", 0.97), ("mixed", 0.95)]
 )

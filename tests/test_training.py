@@ -75,6 +75,7 @@ def test_autoencoder_restores_eight_images(tiny, data):
     assert ["adversarial" in terms for terms in steps] == [False] * 23 + [True] * 37
 
 
+@pytest.mark.slow
 def test_denoiser_learns_eight_latents(tiny, data):
     few = first(data, 8)
     config = TrainConfig(steps=60, batch_size=8, learning_rate=6e-3, warmup_steps=5)

@@ -123,6 +123,7 @@ def test_unet_gradients_are_diffusers_gradients(name):
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_unet_compiles_to_one_graph():
     """Several graphs could not be one CUDA graph. Only traced: kernels take minutes to build."""
