@@ -765,10 +765,9 @@ def adaptive_weight(
     loss has a gradient of the same size as the reconstruction. Both losses are scalars, before
     any GradScaler; norms are taken in float32. Returns a scalar in [0, limit], detached.
 
-    limit: 1e4 is CompVis' value, which is hardly ever reached by a discriminator that has
-    learned. One that knows little has a small gradient, so its weight is large: the autoencoder
-    follows it as fast as the images, and undoes in a step what it has just learned. A low limit
-    keeps it alive (chapter 3).
+    limit: 1e4 is CompVis' value. A discriminator that knows little has a small gradient, so its
+    weight becomes large, and the autoencoder undoes in a step what it has just learned. With a
+    low limit it can go on learning.
     """
     reconstruction_norm = _gradient_norm(reconstruction, last_layer)
     adversarial_norm = _gradient_norm(adversarial, last_layer)
@@ -835,7 +834,8 @@ class CaptionedImages:
     """Images and their captions, held in memory.
 
     images: (N, 3, size, size) uint8. captions: N strings. rows: a dict of metadata for each
-    image, or None. Two rows with the same "pair" are hard to tell apart, see `train_clip`.
+    image, or None. Two rows with the same number as "pair" are hard to tell apart, see
+    `train_clip`.
     """
 
     def __init__(self, images: Tensor, captions: list[str], rows: list[dict] | None = None):
@@ -883,7 +883,7 @@ class CaptionedImages:
         """The rows of each pair, (P, 2) long; None where the metadata marks no pairs."""
         members = {}
         for i, row in enumerate(self.rows):
-            if "pair" in row:
+            if isinstance(row.get("pair"), int):
                 members.setdefault(row["pair"], []).append(i)
         found = [rows for rows in members.values() if len(rows) == 2]
         return torch.tensor(found) if found else None
@@ -1886,6 +1886,11 @@ def train_clip(
     tokens = _without_padding(clip.tokenizer(data.captions)).to(accelerator.device)
     trainer = Trainer(clip, config, accelerator, part=clip.text_encoder, part_lr=text_lr)
     pairs = data.pairs()
+    if pairs is not None and config.batch_size > pairs.numel():
+        raise ValueError(
+            f"batch_size is {config.batch_size}; allowed is up to {pairs.numel()}, the images that "
+            "lie in pairs"
+        )
     for step in _steps(config, accelerator, resume_from):
         generator = _step_generator(seed, "clip", step)
         if pairs is None:
@@ -1969,9 +1974,9 @@ def train_autoencoder(
             x = data.batch(rows)
             x_hat, posterior = trainer.net(x, eps)
             with accelerator.autocast():
-                judged_by = discriminator if heard else None
+                active = discriminator if heard else None
                 loss, terms = autoencoder_loss(
-                    x, x_hat, posterior, perceptual, judged_by, last_layer, **weights
+                    x, x_hat, posterior, perceptual, active, last_layer, **weights
                 )
             trainer.backward(loss)
             losses.append(terms)

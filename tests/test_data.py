@@ -105,6 +105,8 @@ def test_pairs_are_rows_with_the_same_mark():
     images = torch.zeros(6, 3, 4, 4, dtype=torch.uint8)
     assert CaptionedImages(images, [""] * 6, rows).pairs().tolist() == [[0, 3], [2, 4]]
     assert CaptionedImages(images, [""] * 6).pairs() is None
+    somebody_elses = [{"text": "", "pair": ["left", "right"]}] * 6
+    assert CaptionedImages(images, [""] * 6, somebody_elses).pairs() is None
 
 
 def test_tensors_need_no_folder():

@@ -13,6 +13,8 @@ from conftest import RecordingAccelerator, clip_of, first, tiny_model
 from gradients import first_gradients, run_in_two_processes
 from ldm_minimal import (
     EMA,
+    CaptionedImages,
+    PatchDiscriminator,
     TrainConfig,
     Trainer,
     compile_blocks,
@@ -45,6 +47,8 @@ def test_learning_rate_warms_up_then_falls_to_a_fiftieth():
     assert rates[550] == pytest.approx(2 * 0.51)  # half way down
     assert all(a < b for a, b in zip(rates[:99], rates[1:100]))
     assert all(a > b for a, b in zip(rates[100:], rates[101:]))
+    constant = dataclasses.replace(config, warmup_steps=0, final_lr=1.0)
+    assert {constant.lr(step) for step in (0, 500, 1000)} == {2.0}
 
 
 def test_update_uses_the_steps_rate_and_clips_the_gradient():
@@ -114,6 +118,29 @@ def test_the_text_tower_learns_at_its_own_rate(tiny, data, options, share):
     text_move = largest_move(clip.text_encoder, before.text_encoder)
     assert image_move == pytest.approx(1e-3, rel=0.05)
     assert text_move == pytest.approx(share * 1e-3, rel=0.05)
+
+
+def test_a_batch_needs_enough_pairs(tiny, data):
+    rows = [{"text": text} for text in data.captions]
+    for i in range(6):
+        rows[i]["pair"] = i // 2
+    few_pairs = CaptionedImages(data.images, data.captions, rows)
+    config = TrainConfig(steps=1, batch_size=8, learning_rate=1e-3)
+    with pytest.raises(ValueError, match="batch_size is 8; allowed is up to 6"):
+        next(train_clip(clip_of(tiny), few_pairs, config))
+
+
+def test_the_discriminator_has_a_constant_rate_of_its_own(tiny, data):
+    """Adam's first step moves each weight by the rate; here it comes late in the schedule."""
+    tiny.config = dataclasses.replace(
+        tiny.config, adversarial_start=3, discriminator_head_start=0, discriminator_rate=2e-3
+    )
+    discriminator = PatchDiscriminator(8, 1)
+    before = copy.deepcopy(discriminator)
+    config = TrainConfig(steps=4, batch_size=8, learning_rate=1e-2, warmup_steps=1)
+    list(train_autoencoder(tiny, data, config, discriminator=discriminator))
+    moves = [(p - q).abs().max() for p, q in zip(discriminator.parameters(), before.parameters())]
+    assert max(moves).item() == pytest.approx(2e-3, rel=0.05)
 
 
 def test_ema_follows_its_definition():

@@ -3,6 +3,7 @@
 tests/parity compares every output with other implementations.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import TINY, clip_of, randomise, seeded
-from ldm_minimal import Attention, Autoencoder, LatentDiffusion, UNet, ldm, zero_init
+from ldm_minimal import Attention, Autoencoder, ImageEncoder, LatentDiffusion, UNet, ldm, zero_init
 
 close = torch.testing.assert_close
 
@@ -177,6 +178,24 @@ def test_image_features_are_the_mean_over_positions(tiny):
     x[1, :, 32:40, 28:36] = 1
     features = tiny.image_encoder(x)
     close(features[0], features[1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_pooled_in_fields_image_features_know_what_is_where():
+    """pool 2: the projection sees the means of the four quarters, channel by channel."""
+    config = dataclasses.replace(TINY.image, pool=2)
+    encoder = ImageEncoder(config, TINY.text.width)
+    x = torch.rand(2, 3, 16, 16, generator=seeded()) * 2 - 1
+    h = F.silu(encoder.norm(encoder.features(x)[-1]))  # (2, 16, 8, 8)
+    quarters = []
+    for channel in range(h.shape[1]):
+        for rows in (slice(0, 4), slice(4, 8)):
+            for columns in (slice(0, 4), slice(4, 8)):
+                quarters.append(h[:, channel, rows, columns].mean(dim=(1, 2)))
+    expected = encoder.proj(torch.stack(quarters, dim=1))
+    close(encoder(x), expected, rtol=1e-4, atol=1e-5)
+    mirrored = encoder(x.flip(3))
+    assert (encoder(x) - mirrored).abs().max() > 1e-3
 
 
 def test_the_sizes_of_a_whole_model_fit_together():

@@ -11,12 +11,7 @@ import torch
 from PIL import Image
 
 from ldm_minimal import CLIP, CaptionedImages, LatentDiffusion
-from ldm_minimal.files import REPOSITORY, data_module
-
-# The chapters still tell the story of the first edition's data and model: fixed positions and
-# sizes, and captions that name the left or upper object first.
-SHIPPED = REPOSITORY / "data" / "checkpoints" / "shapes-1"
-DATA = REPOSITORY / "data" / "shapes" / "32-version-1"
+from ldm_minimal.files import REPOSITORY, SHIPPED, data_folder
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -28,12 +23,11 @@ if SHAPES_FOLDER not in sys.path:
 
 def load_data(split: str = "train") -> CaptionedImages:
     """The shapes of `train` or `test`, 32 x 32; drawn first where they are not there yet."""
-    data_module("shapes", "prepare").prepare(DATA, size=32, version=1)  # if it is not there
-    return CaptionedImages.from_folder(DATA / split, 32)
+    return CaptionedImages.from_folder(data_folder(None, 32) / split, 32)
 
 
 def load_model() -> LatentDiffusion:
-    """The first edition's shipped model, which the chapters look at."""
+    """The shipped model: trained by the same code as every chapter's, with more steps."""
     return LatentDiffusion.load(SHIPPED / "model")
 
 

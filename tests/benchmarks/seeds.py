@@ -9,13 +9,13 @@ is read, not repeated. Further options go to `train` (after `--`).
 """
 
 import argparse
+import csv
 import json
 import os
 import pathlib
 import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 COLUMNS = (
@@ -40,18 +40,23 @@ def train_and_evaluate(out, seed, threads, captions, options):
     program = [sys.executable, "-m", "ldm_minimal"]
     out.mkdir(parents=True, exist_ok=True)
     with open(out.with_suffix(".log"), "a") as log:
-        start = time.time()
         command = [*program, "train", "--seed", str(seed), "--out", str(out), "--captions", "0"]
         subprocess.run([*command, *options], env=environment, stdout=log, stderr=log, check=True)
-        minutes = (time.time() - start) / 60
         command = [*program, "evaluate", "--model", str(out), "--captions", str(captions), "--json"]
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=log, check=True
         )
     scores = json.loads(done.stdout)
-    scores["minutes"] = minutes
+    scores["minutes"] = minutes_of(out / "log.csv")
     result.write_text(json.dumps(scores))
     return scores
+
+
+def minutes_of(log):
+    """What the trainings took, also if the run was stopped and went on."""
+    with open(log, newline="") as file:
+        last = {row["stage"]: float(row["seconds"]) for row in csv.DictReader(file)}
+    return sum(last.values()) / 60
 
 
 def row_of(scores, guidance="5"):
