@@ -80,7 +80,7 @@ __all__ = [
     # guidance, DDIM, pipeline
     "guided_eps", "ddim_timesteps", "ddim_step", "ddim_sample", "ddim_invert", "LatentDiffusion",
     # training
-    "EMA", "Trainer", "save_state", "embed_all", "compile_blocks",
+    "EMA", "Muon", "Trainer", "save_state", "embed_all", "compile_blocks",
     "train_clip", "train_autoencoder", "train_denoiser",
 ]  # fmt: skip
 
@@ -148,6 +148,7 @@ class TrainConfig:
     warmup_steps: int = 50  # steps until the peak
     grad_accum_steps: int = 1  # parts of a batch that a process computes one after the other
     final_lr: float = 0.02  # the learning rate at the end, as a share of the peak
+    muon: bool = False  # the optimizer of the linear layers, see `Trainer`
 
     def lr(self, step: int) -> float:
         """The learning rate of a step: linear warm-up, then a cosine down to `final_lr`."""
@@ -1369,7 +1370,10 @@ class UNet(nn.Module):
                 f"z_t is {height} x {width}; both must be multiples of {self.downsampling}"
             )
         dtype = self.conv_in.weight.dtype
-        kvs = iter(context if isinstance(context, list) else self.keys_values(context))
+        if isinstance(context, list):
+            kvs = iter(context)
+        else:  # each is made just before its use, and is still in the cache then
+            kvs = (attention.keys_values(context) for attention in self.cross_attentions())
         t_emb = self.time_mlp(timestep_embedding(t, self.width).to(dtype))  # (B, 4 width)
         t_emb = F.silu(t_emb)  # here once, not in each residual block
         h = self.conv_in(z_t.to(dtype, memory_format=torch.channels_last))  # (B, width, h, w)
@@ -1740,12 +1744,73 @@ class EMA:
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
+class Muon(torch.optim.Optimizer):
+    """Steps in which every direction of a weight matrix learns equally fast (Jordan et al. 2024).
+
+        M = momentum M + (1 - momentum) gradient = U S V^T         (singular value decomposition)
+        W = W - lr 0.2 sqrt(max(rows, columns)) U V^T
+
+    A caption says which colours there are in large gradients, and which object has which colour
+    in small ones. Without the singular values S both are learned at once. 0.2 sqrt(...) makes a
+    step as large as AdamW's, so both can have the same rate (Liu et al. 2025).
+
+    `torch.optim.Muon` computes in bfloat16, for which many CPUs have no instructions.
+    weights: matrices. Gradients that are None are left out.
+    """
+
+    def __init__(
+        self,
+        weights: list[Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(weights, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            momentum = group["momentum"]
+            by_shape = {}  # matrices of one shape become orthogonal together
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    state = self.state[weight]
+                    average = state.setdefault("average", torch.zeros_like(weight))
+                    average.lerp_(weight.grad, 1 - momentum)
+                    update = weight.grad.lerp(average, momentum)  # looks ahead, as Nesterov did
+                    by_shape.setdefault(weight.shape, []).append((weight, update))
+            for shape, pairs in by_shape.items():
+                weights, updates = zip(*pairs, strict=True)
+                rate = group["lr"] * 0.2 * max(shape) ** 0.5
+                for weight, direction in zip(weights, _orthogonal(torch.stack(updates))):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.sub_(direction, alpha=rate)
+
+
+def _orthogonal(matrices: Tensor) -> Tensor:
+    """(N, rows, columns) -> about U V^T of each; singular values between 0.6 and 1.3, not all 1.
+
+    Five steps of an iteration in which every singular value s becomes a s + b s^3 + c s^5: enough
+    for small ones to grow to about 1 (Newton-Schulz; coefficients of Jordan et al. 2024).
+    """
+    if matrices.shape[1] > matrices.shape[2]:
+        return _orthogonal(matrices.mT).mT
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # all singular values <= 1
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
 class Trainer:
-    """A module and its AdamW, prepared by accelerate: what a loop needs besides the method.
+    """A module and its optimizers, prepared by accelerate: what a loop needs besides the method.
 
     In a loop: `net` predicts, `backward` takes the loss of each of the `micro_batches`, and
-    `update` makes the optimizer's step with gradients clipped to norm 1. part: a part of the
-    module that learns at `part_lr` times the rate. ema: an average that follows each step.
+    `update` makes the optimizers' step with gradients clipped to norm 1. The optimizer is AdamW;
+    with `config.muon`, Muon for the weights of linear layers and AdamW for the rest. part: a part
+    of the module that learns at `part_lr` times the rate. ema: an average that follows each step.
     """
 
     def __init__(
@@ -1759,19 +1824,27 @@ class Trainer:
         ema: EMA | None = None,
     ):
         module.train().requires_grad_(True).to(accelerator.device)
-        part_parameters = [] if part is None else list(part.parameters())
-        part_ids = {id(p) for p in part_parameters}
-        parameters = [p for p in module.parameters() if id(p) not in part_ids]
-        groups = [
-            {"params": parameters, "lr_scale": 1.0},
-            {"params": part_parameters, "lr_scale": part_lr},
-        ]
-        adamw = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.99), fused=True)
+        in_part = set() if part is None else set(part.parameters())
+        layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+        matrices = {layer.weight for layer in layers} if config.muon else set()
+
+        def groups(parameters: list[Tensor]) -> list[dict]:
+            return [
+                {"params": [p for p in parameters if p not in in_part], "lr_scale": 1.0},
+                {"params": [p for p in parameters if p in in_part], "lr_scale": part_lr},
+            ]
+
+        others = [p for p in module.parameters() if p not in matrices]
+        adamw = torch.optim.AdamW(groups(others), config.learning_rate, (0.9, 0.99), fused=True)
+        optimizers = [adamw]
+        if matrices:
+            in_order = [layer.weight for layer in layers]
+            optimizers.append(Muon(groups(in_order), config.learning_rate))
         accelerator.gradient_accumulation_steps = config.grad_accum_steps
         self.module = module
         self.config = config
         self.accelerator = accelerator
-        self.net, self.optimizer = accelerator.prepare(module, adamw)
+        self.net, *self.optimizers = accelerator.prepare(module, *optimizers)
         self.ema = ema
         if ema is not None:
             accelerator.prepare_model(ema.module, evaluation_mode=True)  # saved with the rest
@@ -1798,11 +1871,13 @@ class Trainer:
 
     def update(self, step: int) -> None:
         """The optimizer's step, then the average."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr(step) * group["lr_scale"]
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.lr(step) * group["lr_scale"]
         self.accelerator.clip_grad_norm_(self.module.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.module, step)
 

@@ -14,6 +14,7 @@ from gradients import first_gradients, run_in_two_processes
 from ldm_minimal import (
     EMA,
     CaptionedImages,
+    Muon,
     PatchDiscriminator,
     TrainConfig,
     Trainer,
@@ -60,11 +61,11 @@ def test_update_uses_the_steps_rate_and_clips_the_gradient():
     def before_step(*_):
         norms.append(layer.weight.grad.norm().item())
 
-    trainer.optimizer.optimizer.register_step_pre_hook(before_step)
+    trainer.optimizers[0].optimizer.register_step_pre_hook(before_step)
     trainer.backward(1000 * trainer.net(torch.ones(1, 2)).sum())
     trainer.update(1)
     assert norms == [pytest.approx(1.0, rel=1e-4)]
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.2)
 
 
 def test_a_small_gradient_is_not_clipped_and_none_is_left_for_the_next_step():
@@ -75,7 +76,7 @@ def test_a_small_gradient_is_not_clipped_and_none_is_left_for_the_next_step():
     def before_step(*_):
         gradients.append(layer.weight.grad.flatten().tolist())
 
-    trainer.optimizer.optimizer.register_step_pre_hook(before_step)
+    trainer.optimizers[0].optimizer.register_step_pre_hook(before_step)
     for step in range(3):
         trainer.backward(trainer.net(torch.tensor([[0.1, 0.2]])).sum())
         trainer.update(step)
@@ -100,6 +101,69 @@ def test_the_optimizer_is_adamw_with_the_papers_numbers():
         rate = config.lr(step)
         weight = weight * (1 - 0.01 * rate) - rate * mean / (square.sqrt() + 1e-8)
     close(layer.weight.detach(), weight)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (8, 32), (32, 8)])
+def test_muon_steps_along_the_gradients_orthogonal_factor(shape):
+    """One step moves W by lr 0.2 sqrt(max(rows, columns)) times about U V^T of the gradient."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(shape))
+    before = weight.detach().clone()
+    weight.grad = torch.randn(shape) * 1e-3
+    u, s, vh = torch.linalg.svd(weight.grad, full_matrices=False)
+    Muon([weight], lr=0.1, weight_decay=0.5).step()
+    step = (before * (1 - 0.1 * 0.5) - weight.detach()) / (0.1 * 0.2 * max(shape) ** 0.5)
+    inside = u.T @ step @ vh.T
+    singular_values = inside.diagonal()
+    assert singular_values[s > 0.05 * s.max()].min() > 0.6
+    assert singular_values.max() < 1.3
+    assert (inside - singular_values.diag()).abs().max() < 1e-3
+    close(u @ inside @ vh, step, rtol=0, atol=1e-4)  # nothing outside the gradient's own space
+
+
+def test_muon_is_torchs_but_for_bfloat16():
+    """Four steps with other gradients, and other shapes, each time."""
+    torch.manual_seed(0)
+    shapes = [(16, 16), (48, 16), (16, 48), (16, 16)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
+    start = [weight.detach().clone() for weight in ours]
+    optimizers = [
+        Muon(ours, lr=0.02, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, before in zip(ours, theirs, start, strict=True):
+        assert (a - b).norm() < 0.02 * (b - before).norm()
+
+
+def test_muon_leaves_alone_what_has_no_gradient():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    Muon([weight], lr=1.0).step()
+    assert torch.equal(weight.detach(), torch.ones(2, 2))
+
+
+def test_with_muon_adamw_keeps_embeddings_convolutions_and_vectors(tiny):
+    config = TrainConfig(steps=1, batch_size=8, learning_rate=1e-3, muon=True)
+    clip = clip_of(tiny)
+    trainer = Trainer(clip, config, Accelerator(), part=clip.text_encoder, part_lr=0.5)
+    adamw, muon = trainer.optimizers
+    assert isinstance(adamw.optimizer, torch.optim.AdamW)
+    assert isinstance(muon.optimizer, Muon)
+    names = {id(p): name for name, p in clip.named_parameters()}
+    held = [names[id(p)] for group in muon.param_groups for p in group["params"]]
+    linear = [n for n, m in clip.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert sorted(held) == sorted(f"{name}.weight" for name in linear)
+    others = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
+    assert sorted(held + others) == sorted(names.values())
+    assert [group["lr_scale"] for group in muon.param_groups] == [1.0, 0.5]
+    in_text = {names[id(p)] for p in muon.param_groups[1]["params"]}
+    assert in_text == {name for name in held if name.startswith("text_encoder")}
 
 
 @pytest.mark.parametrize(("options", "share"), [({}, 0.1), ({"text_lr": 0.5}, 0.5)])
@@ -163,7 +227,9 @@ def test_ema_follows_its_definition():
 SIX_STEPS = TrainConfig(steps=6, batch_size=8, learning_rate=3e-3, warmup_steps=2)
 
 
-def trained(name, tiny, data, *, seed=0, torch_seed=7, save_at=None, folder=None, resume=False):
+def trained(
+    name, tiny, data, *, muon=False, seed=0, torch_seed=7, save_at=None, folder=None, resume=False
+):
     """Train a copy of `tiny`; returns its weights, and {step: losses}.
 
     torch_seed: of the discriminator's first weights, which a resumed training does not need.
@@ -177,7 +243,8 @@ def trained(name, tiny, data, *, seed=0, torch_seed=7, save_at=None, folder=None
     resume_from = folder if resume else None
     options = {"seed": seed, "accelerator": accelerator, "resume_from": resume_from}
     losses = {}
-    for step, step_losses in start(name, model, data, SIX_STEPS, **options):
+    config = dataclasses.replace(SIX_STEPS, muon=muon)
+    for step, step_losses in start(name, model, data, config, **options):
         losses[step] = {key: loss.item() for key, loss in step_losses.items()}
         if step == save_at:
             save_state(accelerator, folder, step)
@@ -195,11 +262,14 @@ def test_a_seed_decides_everything(name, tiny, data):
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-@pytest.mark.parametrize("save_at", [1, 4])
-def test_a_resumed_training_is_the_same_training_bit_for_bit(name, save_at, tiny, data, tmp_path):
+@pytest.mark.parametrize(("save_at", "muon"), [(1, False), (4, False), (4, True)])
+def test_a_resumed_training_is_the_same_training_bit_for_bit(
+    name, save_at, muon, tiny, data, tmp_path
+):
     """Saved after a step, it goes on with the next: none is done twice, and none left out."""
-    weights, losses = trained(name, tiny, data, save_at=save_at, folder=tmp_path / "state")
-    resumed, rest = trained(name, tiny, data, torch_seed=8, folder=tmp_path / "state", resume=True)
+    options = {"muon": muon, "folder": tmp_path / "state"}
+    weights, losses = trained(name, tiny, data, save_at=save_at, **options)
+    resumed, rest = trained(name, tiny, data, torch_seed=8, resume=True, **options)
     assert list(losses) == [1, 2, 3, 4, 5, 6]
     assert rest == {step: losses[step] for step in range(save_at + 1, 7)}
     assert torch.equal(resumed, weights)

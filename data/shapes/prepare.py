@@ -148,11 +148,9 @@ HELD_OUT = (
 VERSION = 1  # of the data set, unless another is asked for
 # Version 1 puts one object at one of 3 x 3 positions, two at the ends of the middle row or column.
 LINES = (0.25, 0.5, 0.75)
-# In version 2 a position is any point of a grid (every fourth pixel at size 32) that leaves some
-# room at the edge and between two objects. Two are at most SWAY beside the middle row or column.
-GRID = 8
-ROOM = 0.9 / 32
-SWAY = 4 / 32
+# Version 2 has 5 x 5 positions: every fourth pixel at size 32. Two objects are at the ends of a row
+# or column, each up to one position beside its middle.
+FINE_LINES = (0.25, 0.375, 0.5, 0.625, 0.75)
 # The share of captions that name the left or upper object first.
 IN_ORDER = {1: 0.96, 2: 0.5}
 SUPERSAMPLE = 5  # points a pixel is averaged over, each way
@@ -183,23 +181,12 @@ def fixed_positions(rng, count):
     return positions if rng.random() < 0.5 else [(x, y) for y, x in positions]
 
 
-def random_positions(rng, radii):
-    """Centres (x, y) of one object or two of these radii, the first left of or above the second.
-
-    Two objects are clearly beside or above each other: each keeps to its half of the image.
-    """
-
-    def between(low, high):
-        return int(rng.integers(np.ceil(low * GRID), np.floor(high * GRID), endpoint=True)) / GRID
-
-    if len(radii) == 1:
-        low = radii[0] + ROOM / 2
-        return [(between(low, 1 - low), between(low, 1 - low))]
-    positions = []
-    for number, radius in enumerate(radii):
-        along = between(radius + ROOM, 0.5 - ROOM - radius)
-        across = between(0.5 - SWAY, 0.5 + SWAY)
-        positions.append((along if number == 0 else 1 - along, across))
+def random_positions(rng, count):
+    """Version 2: centres (x, y) of one object, or of two, the first left of or above the second."""
+    if count == 1:
+        return [(pick(rng, FINE_LINES), pick(rng, FINE_LINES))]
+    middle = FINE_LINES[1:-1]
+    positions = [(FINE_LINES[0], pick(rng, middle)), (FINE_LINES[-1], pick(rng, middle))]
     return positions if rng.random() < 0.5 else [(x, y) for y, x in positions]
 
 
@@ -221,7 +208,7 @@ def random_scene(rng, held_out=False, version=VERSION):
         positions = fixed_positions(rng, count)
     else:
         radii = [pick(rng, RADII[size]) for size in sizes]
-        positions = random_positions(rng, radii)
+        positions = random_positions(rng, count)
     things = tuple(
         Thing(shape, colour, size, texture, x, y, radius)
         for (colour, shape), size, texture, (x, y), radius in zip(
@@ -234,17 +221,28 @@ def random_scene(rng, held_out=False, version=VERSION):
 def twin(rng, scene):
     """The same scene but for one thing: what tells them apart is which word goes where.
 
-    Two objects exchange their colours, their shapes, both or their textures. One object gets
-    another colour, shape or texture.
+    Two objects exchange one attribute, or colour and shape; one object gets another colour, shape,
+    texture or size.
     """
     while True:
         if len(scene.things) == 2:
-            names = pick(rng, (["colour"], ["shape"], ["colour", "shape"], ["texture"]))
+            names = pick(rng, (["colour"], ["shape"], ["colour", "shape"], ["texture"], SIZE))
             things = exchanged(*scene.things, names)
         else:
-            things = changed(rng, *scene.things, pick(rng, ("colour", "shape", "texture")))
-        if things != scene.things and all(is_allowed(thing) for thing in things):
+            names = pick(rng, (["colour"], ["shape"], ["texture"], SIZE))
+            another = random_scene(rng, version=2).things[0]
+            things = exchanged(*scene.things, another, names)[:1]
+        differs = [in_words(thing) for thing in things] != [in_words(t) for t in scene.things]
+        if differs and all(is_allowed(thing) for thing in things):
             return replace(scene, things=things)
+
+
+SIZE = ["size", "radius", "texture"]  # the texture, because a small object must be plain
+
+
+def in_words(thing):
+    """What a caption can say of an object by itself."""
+    return thing.colour, thing.shape, thing.size, thing.texture
 
 
 def exchanged(first, second, names):
@@ -252,12 +250,6 @@ def exchanged(first, second, names):
     of_first = {name: getattr(first, name) for name in names}
     of_second = {name: getattr(second, name) for name in names}
     return replace(first, **of_second), replace(second, **of_first)
-
-
-def changed(rng, thing, name):
-    """An object with a random value of one attribute."""
-    values = {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES}[name]
-    return (replace(thing, **{name: pick(rng, values)}),)
 
 
 def is_allowed(thing):
@@ -398,8 +390,8 @@ def prepare(out, size=32, count=20000, seed=0, version=VERSION):
     imagefolder.check_number("seed", seed, 0)
     if version not in IN_ORDER:
         raise ValueError(f"version is {version!r}; allowed are 1 and 2")
-    # The number in dataset.json counts every change of the bytes: 5 is version 1, 6 version 2.
-    record = {"dataset": "shapes", "version": version + 4, "size": size}
+    # The number in dataset.json counts every change of the bytes.
+    record = {"dataset": "shapes", "version": {1: 5, 2: 7}[version], "size": size}
     record |= {"count": count, "seed": seed}
     return imagefolder.make(out, record, files(size, count, seed, version))
 
