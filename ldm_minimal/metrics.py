@@ -26,21 +26,26 @@ def prompt_accuracy(x: Tensor, rows: list[dict]) -> dict[str, float] | None:
     """The share of images in which everything that the caption states is true, by the oracle.
 
     "all": every stated attribute holds; "seen pairs" and "composition": the same on these parts
-    of the test set; then one entry for each attribute, over the images whose caption states it.
-    None for captions that are not those of the shapes data set, which is all that the oracle can
-    read.
+    of the test set; "left first" and "right first": the same where the caption names the left or
+    upper of two objects first, or the other one; then one entry for each attribute, over the
+    images whose caption states it. None for captions that are not those of the shapes data set,
+    which is all that the oracle can read.
     """
     if "scene" not in rows[0]:
         return None
     oracle = data_module("shapes", "oracle")
     images = ((x.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
-    outcomes = {"all": [], "seen pairs": [], "composition": []}
+    outcomes = {"all": [], "seen pairs": [], "composition": [], "left first": [], "right first": []}
     for image, row in zip(images, rows, strict=True):
         grade = oracle.grade(image, row["text"])  # {attribute: does it hold?}
         entirely_right = all(grade.values())
         outcomes["all"].append(entirely_right)
         part = "composition" if row["split"] == "composition" else "seen pairs"
         outcomes[part].append(entirely_right)
+        relation = oracle.parse(row["text"]).relation
+        if relation is not None:
+            order = "left first" if relation in ("left of", "above") else "right first"
+            outcomes[order].append(entirely_right)
         for name, holds in grade.items():
             attribute = name.split()[0]
             outcomes.setdefault(attribute, []).append(holds)

@@ -1,5 +1,7 @@
 """Every score against a value worked out by hand."""
 
+import types
+
 import pytest
 import torch
 
@@ -69,6 +71,11 @@ def test_prompt_accuracy_needs_every_stated_attribute(monkeypatch):
                 "size": caption != "wrong size",
             }
 
+        @staticmethod
+        def parse(caption):
+            relation = {"right": "left of", "wrong size": "above", "wrong colour": "below"}
+            return types.SimpleNamespace(relation=relation.get(caption))
+
     monkeypatch.setattr("ldm_minimal.metrics.data_module", lambda dataset, name: Oracle)
     captions = ["right", "wrong colour", "wrong size", "right too"]
     splits = ["test", "test", "composition", "composition"]
@@ -78,5 +85,6 @@ def test_prompt_accuracy_needs_every_stated_attribute(monkeypatch):
     ]
     accuracy = prompt_accuracy(torch.zeros(4, 3, 2, 2), rows)
     expected = {"all": 0.5, "seen pairs": 0.5, "composition": 0.5, "colour": 0.75, "size": 0.75}
+    expected |= {"left first": 0.5, "right first": 0.0}  # "right too" has one object
     assert accuracy == expected
     assert prompt_accuracy(torch.zeros(1, 3, 2, 2), [{"text": "a cat"}]) is None

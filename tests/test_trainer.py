@@ -103,16 +103,20 @@ def test_the_optimizer_is_adamw_with_the_papers_numbers():
     close(layer.weight.detach(), weight)
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (8, 32), (32, 8)])
+@pytest.mark.parametrize("shape", [(24, 24), (8, 32), (32, 8), (8, 3, 2, 2)])
 def test_muon_steps_along_the_gradients_orthogonal_factor(shape):
-    """One step moves W by lr 0.2 sqrt(max(rows, columns)) times about U V^T of the gradient."""
+    """One step moves W by lr 0.2 sqrt(max(rows, columns)) times about U V^T of the gradient.
+
+    The kernel of a convolution is a matrix with a row for each channel that comes out.
+    """
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(shape))
-    before = weight.detach().clone()
+    before = weight.detach().flatten(1).clone()
     weight.grad = torch.randn(shape) * 1e-3
-    u, s, vh = torch.linalg.svd(weight.grad, full_matrices=False)
+    u, s, vh = torch.linalg.svd(weight.grad.flatten(1), full_matrices=False)
     Muon([weight], lr=0.1, weight_decay=0.5).step()
-    step = (before * (1 - 0.1 * 0.5) - weight.detach()) / (0.1 * 0.2 * max(shape) ** 0.5)
+    moved = before * (1 - 0.1 * 0.5) - weight.detach().flatten(1)
+    step = moved / (0.1 * 0.2 * max(before.shape) ** 0.5)
     inside = u.T @ step @ vh.T
     singular_values = inside.diagonal()
     assert singular_values[s > 0.05 * s.max()].min() > 0.6
@@ -148,7 +152,7 @@ def test_muon_leaves_alone_what_has_no_gradient():
     assert torch.equal(weight.detach(), torch.ones(2, 2))
 
 
-def test_with_muon_adamw_keeps_embeddings_convolutions_and_vectors(tiny):
+def test_with_muon_adamw_keeps_embeddings_and_vectors(tiny):
     config = TrainConfig(steps=1, batch_size=8, learning_rate=1e-3, muon=True)
     clip = clip_of(tiny)
     trainer = Trainer(clip, config, Accelerator(), part=clip.text_encoder, part_lr=0.5)
@@ -157,8 +161,9 @@ def test_with_muon_adamw_keeps_embeddings_convolutions_and_vectors(tiny):
     assert isinstance(muon.optimizer, Muon)
     names = {id(p): name for name, p in clip.named_parameters()}
     held = [names[id(p)] for group in muon.param_groups for p in group["params"]]
-    linear = [n for n, m in clip.named_modules() if isinstance(m, torch.nn.Linear)]
-    assert sorted(held) == sorted(f"{name}.weight" for name in linear)
+    kinds = {torch.nn.Linear, torch.nn.Conv2d}
+    layers = [name for name, layer in clip.named_modules() if type(layer) in kinds]
+    assert sorted(held) == sorted(f"{name}.weight" for name in layers)
     others = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
     assert sorted(held + others) == sorted(names.values())
     assert [group["lr_scale"] for group in muon.param_groups] == [1.0, 0.5]

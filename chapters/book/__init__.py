@@ -9,12 +9,11 @@ import os
 # A training would otherwise move its model to a GPU and leave the rest where it was.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
-from ldm_minimal.files import SHIPPED
 from ldm_minimal.sample import to_image
 
 from .diagrams import diagram
 from .grading import check
-from .loading import load_data, load_evaluator, load_model, result
+from .loading import SHIPPED, load_data, load_evaluator, load_model, load_recipe, result
 from .plotting import (
     BLACK,
     BLUE,
@@ -48,6 +47,7 @@ __all__ = [
     "load_data",
     "load_evaluator",
     "load_model",
+    "load_recipe",
     "png",
     "result",
     "show",

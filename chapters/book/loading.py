@@ -10,10 +10,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm_minimal import CLIP, CaptionedImages, LatentDiffusion
-from ldm_minimal.files import REPOSITORY, SHIPPED, data_folder
+from ldm_minimal import CLIP, CaptionedImages, Config, LatentDiffusion
+from ldm_minimal.files import REPOSITORY, data_module
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+# The chapters tell of version 1 of the data, and of the model that was trained on it.
+DATA = REPOSITORY / "data" / "shapes" / "32-version-1"
+SHIPPED = REPOSITORY / "data" / "checkpoints" / "shapes-1"
 
 # Chapters import `oracle` and `prepare` from the data set's folder.
 SHAPES_FOLDER = str(REPOSITORY / "data" / "shapes")
@@ -23,11 +27,18 @@ if SHAPES_FOLDER not in sys.path:
 
 def load_data(split: str = "train") -> CaptionedImages:
     """The shapes of `train` or `test`, 32 x 32; drawn first where they are not there yet."""
-    return CaptionedImages.from_folder(data_folder(None, 32) / split, 32)
+    data_module("shapes", "prepare").prepare(DATA, size=32, version=1)
+    return CaptionedImages.from_folder(DATA / split, 32)
+
+
+def load_recipe() -> Config:
+    """The config by which the model of the chapters was trained; its latents are not measured."""
+    values = json.loads((SHIPPED / "model" / "config.json").read_text(encoding="utf-8"))
+    return Config.from_dict(values | {"scale_factor": None})
 
 
 def load_model() -> LatentDiffusion:
-    """The shipped model: trained by the same code as every chapter's, with more steps."""
+    """The model of the chapters: trained by the same code as theirs, with more steps."""
     return LatentDiffusion.load(SHIPPED / "model")
 
 

@@ -6,15 +6,16 @@ import torch
 from torch import nn
 
 import common
-from book import load_data, load_model
+from book import load_data, load_model, load_recipe
 from ldm_minimal import (
-    SHAPES,
     Autoencoder,
     PatchDiscriminator,
     PerceptualLoss,
     autoencoder_loss,
     discriminator_loss,
 )
+
+SHAPES = load_recipe()
 
 
 # The chapter shows this definition; tests/test_experiments.py compares them.

@@ -5,11 +5,10 @@ import dataclasses
 import torch
 
 import common
-from book import load_data
+from book import load_data, load_recipe
 from ldm_minimal import (
     CLIP,
     EMA,
-    SHAPES,
     LatentDiffusion,
     Tokenizer,
     measure_scale_factor,
@@ -17,6 +16,8 @@ from ldm_minimal import (
     train_clip,
     train_denoiser,
 )
+
+SHAPES = load_recipe()
 
 
 # The chapter shows these definitions; tests/test_experiments.py compares them.

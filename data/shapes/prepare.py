@@ -145,14 +145,16 @@ HELD_OUT = (
     ("blue", "heart"),
     ("green", "cross"),
 )
-VERSION = 1  # of the data set, unless another is asked for
+VERSION = 2  # of the data set, unless another is asked for
 # Version 1 puts one object at one of 3 x 3 positions, two at the ends of the middle row or column.
 LINES = (0.25, 0.5, 0.75)
 # Version 2 has 5 x 5 positions: every fourth pixel at size 32. Two objects are at the ends of a row
 # or column, each up to one position beside its middle.
 FINE_LINES = (0.25, 0.375, 0.5, 0.625, 0.75)
-# The share of captions that name the left or upper object first.
+# By version, the share of captions that name the left or upper object first, and of objects whose
+# size is told.
 IN_ORDER = {1: 0.96, 2: 0.5}
+SIZE_TOLD = {1: 0.35, 2: 0.5}
 SUPERSAMPLE = 5  # points a pixel is averaged over, each way
 
 
@@ -305,10 +307,10 @@ def relation(first, second):
     return "below" if down > 0 else "above"
 
 
-def phrase(thing, rng):
-    """A noun phrase: always the colour, the shape and a texture not plain; the size in 35%."""
+def phrase(thing, rng, version=VERSION):
+    """A noun phrase: always colour, shape and a texture not plain; the size in SIZE_TOLD."""
     words = []
-    if rng.random() < 0.35:
+    if rng.random() < SIZE_TOLD[version]:
         words.append(pick(rng, WORDS[thing.size]))
     if thing.texture != "plain" or rng.random() < 0.08:
         words.append(thing.texture)
@@ -320,13 +322,13 @@ def phrase(thing, rng):
 def describe(scene, rng, version=VERSION):
     """A caption, lower case: either object first (see IN_ORDER), the background in 50%."""
     things = scene.things if rng.random() < IN_ORDER[version] else scene.things[::-1]
-    caption = phrase(things[0], rng)
+    caption = phrase(things[0], rng, version)
     comma = ""
     if len(things) == 2:
         if rng.random() < 0.2:
             caption += " is"
             comma = ","
-        caption += f" {pick(rng, RELATIONS[relation(*things)])} {phrase(things[1], rng)}"
+        caption += f" {pick(rng, RELATIONS[relation(*things)])} {phrase(things[1], rng, version)}"
     if rng.random() < 0.5:
         caption += f"{comma} on a {scene.background} background"
     return caption

@@ -22,6 +22,8 @@ COLUMNS = (
     "all",
     "seen pairs",
     "composition",
+    "left first",
+    "right first",
     "count",
     "size",
     "texture",
