@@ -106,9 +106,8 @@ def test_only_its_own_part_is_trained(tiny, data):
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_a_step_of_clip_by_hand(tiny, data, paired):
-    if paired:  # each even row with the next one
-        rows = [{"text": text, "pair": i // 2} for i, text in enumerate(data.captions)]
-        data = CaptionedImages(data.images, data.captions, rows)
+    rows = [{"text": text, "pair": i // 2} for i, text in enumerate(data.captions)]
+    data = CaptionedImages(data.images, data.captions, rows if paired else None)
     clip, expected = clip_of(tiny), clip_of(copy.deepcopy(tiny))
     accelerator = RecordingAccelerator()
     training = train_clip(clip, data, ONE_STEP, seed=3, accelerator=accelerator)
