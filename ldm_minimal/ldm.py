@@ -1754,10 +1754,9 @@ class Muon(torch.optim.Optimizer):
         M = momentum M + (1 - momentum) gradient = U S V^T         (singular value decomposition)
         W = W - lr 0.2 sqrt(max(rows, columns)) U V^T
 
-    U V^T is M with all its singular values S set to 1. So what shows only in small gradients,
-    such as which of two objects a colour belongs to, is learned as fast as what shows in large
-    ones. 0.2 sqrt(...) makes a step as large as AdamW's, so both take the same rates (Liu et al.
-    2025).
+    U V^T is M with all its singular values S set to 1: what shows only in small gradients is
+    learned as fast as what shows in large ones. 0.2 sqrt(...) makes a step as large as AdamW's,
+    so both take the same rates (Liu et al. 2025).
 
     weights: of linear layers and of convolutions; a kernel (c_out, c_in, k, k) counts as a matrix
     (c_out, c_in k k). `torch.optim.Muon` takes no kernels, and computes in bfloat16, which many
@@ -2024,8 +2023,9 @@ def train_autoencoder(
     perceptual: by default on the features of the model's own image encoder. discriminator: by
     default a `PatchDiscriminator(32, 2)` (seed torch for its first weights). It joins at step
     `model.config.adversarial_start`, and is heard `discriminator_head_start` steps later; the
-    weights of all terms are the config's, too. Over several processes each takes the adaptive
-    weight of its own share, as CompVis does. Call `measure_scale_factor` afterwards.
+    weights of all terms are the config's, too. With `config.muon` it learns by Muon, as the
+    autoencoder does. Over several processes each takes the adaptive weight of its own share, as
+    CompVis does. Call `measure_scale_factor` afterwards.
     """
     accelerator = _begin(accelerator, config, data)
     data = data.to(accelerator.device)

@@ -32,7 +32,7 @@ def load_data(split: str = "train") -> CaptionedImages:
 
 
 def load_recipe() -> Config:
-    """The config by which the model of the chapters was trained; its latents are not measured."""
+    """The config by which the model of the chapters was trained, without its scale factor."""
     values = json.loads((SHIPPED / "model" / "config.json").read_text(encoding="utf-8"))
     return Config.from_dict(values | {"scale_factor": None})
 

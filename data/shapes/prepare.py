@@ -220,6 +220,9 @@ def random_scene(rng, held_out=False, version=VERSION):
     return Scene(pick(rng, BACKGROUNDS), things)
 
 
+SIZE = ["size", "radius", "texture"]  # the texture, because a small object must be plain
+
+
 def twin(rng, scene):
     """The same scene but for one thing: what tells them apart is which word goes where.
 
@@ -237,9 +240,6 @@ def twin(rng, scene):
         differs = [in_words(thing) for thing in things] != [in_words(t) for t in scene.things]
         if differs and all(is_allowed(thing) for thing in things):
             return replace(scene, things=things)
-
-
-SIZE = ["size", "radius", "texture"]  # the texture, because a small object must be plain
 
 
 def in_words(thing):
