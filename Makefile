@@ -12,13 +12,16 @@ RUN   := .venv/bin/python
 TORCH := $(shell grep '^torch==' requirements.txt)
 # Both declare a dependency on torchvision, which these tests do not need: installed with --no-deps.
 ALONE := lpips==0.1.4 open_clip_torch==3.3.0
+# Test files side by side, a process for each core (at most four) and a thread for each process:
+# two processes with two threads each on two cores would slow each other tenfold.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help train test check lint lab clean
 
 help:
 	@echo 'make train   train a text-to-image model on your machine, then draw "$(PROMPT)"'
 	@echo 'make test    run all tests, then every chapter'
-	@echo 'make check   for contributors: lint, format and the fast tests (a few minutes)'
+	@echo 'make check   for contributors: lint, format and the fast tests (three minutes)'
 	@echo 'make lint    lint and format only (seconds)'
 	@echo 'make lab     open the chapters in JupyterLab'
 	@echo 'make clean   remove .venv and caches (trained models in runs/ and data sets stay)'
@@ -36,11 +39,11 @@ train: .venv/installed
 	$(RUN) -m ldm_minimal sample "$(PROMPT)" --model "$(OUT)" --out "$(OUT)/sample.png"
 
 test: .venv/installed
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 	$(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 300 chapters
 
 check: lint
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: .venv/installed
 	$(RUN) -m ruff check
