@@ -16,15 +16,18 @@ ALONE := lpips==0.1.4 open_clip_torch==3.3.0
 # two processes with two threads each on two cores would slow each other tenfold.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: help train test check lint lab clean
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 300
+
+.PHONY: help train test test-gpu check lint lab clean
 
 help:
-	@echo 'make train   train a text-to-image model on your machine, then draw "$(PROMPT)"'
-	@echo 'make test    run all tests, then every chapter'
-	@echo 'make check   for contributors: lint, format and the fast tests (three minutes)'
-	@echo 'make lint    lint and format only (seconds)'
-	@echo 'make lab     open the chapters in JupyterLab'
-	@echo 'make clean   remove .venv and caches (trained models in runs/ and data sets stay)'
+	@echo 'make train     train a text-to-image model on your machine, then draw "$(PROMPT)"'
+	@echo 'make test      run all tests, then every chapter'
+	@echo 'make test-gpu  the tests that need a GPU, then every chapter, eight at once (16 cores)'
+	@echo 'make check     for contributors: lint, format and the fast tests (three minutes)'
+	@echo 'make lint      lint and format only (seconds)'
+	@echo 'make lab       open the chapters in JupyterLab'
+	@echo 'make clean     remove .venv and caches (trained models in runs/ and data sets stay)'
 	@echo
 	@echo 'The first of these to run installs everything into .venv (about 2 GB with the CPU build of torch).'
 	@echo 'ARGS="..."       more arguments for the command:   make train ARGS="--steps-denoiser 100"'
@@ -40,7 +43,11 @@ train: .venv/installed
 
 test: .venv/installed
 	$(PYTEST) $(ARGS)
-	$(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 300 chapters
+	$(RUN) -m pytest $(NBVAL) chapters
+
+test-gpu: .venv/installed
+	$(RUN) -m pytest -m gpu tests/gpu $(ARGS)
+	OMP_NUM_THREADS=2 $(RUN) -m pytest --numprocesses 8 --dist loadfile $(NBVAL) chapters
 
 check: lint
 	$(PYTEST) -m "not slow" $(ARGS)

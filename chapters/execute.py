@@ -7,8 +7,7 @@ python chapters/execute.py --minutes   # the README's table of chapters, without
 from __future__ import annotations
 
 import argparse
-import base64
-import io
+import html
 import json
 import re
 import time
@@ -17,11 +16,11 @@ from pathlib import Path
 import nbformat
 import torch
 from nbclient import NotebookClient
-from PIL import Image
 
 from experiments.common import machine
 
 HERE = Path(__file__).resolve().parent
+FIGURE = '<img class="book-figure"'  # book.plotting.image_tag writes it
 
 
 def execute(path: Path) -> None:
@@ -45,30 +44,38 @@ def execute(path: Path) -> None:
     }
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-        figures = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
-        for figure in figures:
-            figure["data"]["image/png"] = compress(figure["data"]["image/png"])
-        cell.metadata["slideshow"] = {"slide_type": slide_type(cell, figures)}
+        has_figures = describe(cell)
+        cell.metadata["slideshow"] = {"slide_type": slide_type(cell, has_figures)}
     nbformat.write(notebook, path)
     print(f"{path.relative_to(HERE)}: {seconds} s")
 
 
-def compress(png: str) -> str:
-    """A figure, base64, with 256 colours: about a third of the bytes, no difference to the eye."""
-    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
-        image = image.convert("RGB").quantize(
-            256, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE
-        )
-    file = io.BytesIO()
-    image.save(file, "png", optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
+def describe(cell: nbformat.NotebookNode) -> bool:
+    """Give the cell's figures the alternative texts in its metadata; are there figures at all?
+
+    "alt" is a text, or a list with one for each figure. Without it, a figure keeps the text that
+    `book` made of its titles.
+    """
+    texts = cell.metadata.get("alt", [])
+    texts = iter([texts] if isinstance(texts, str) else texts)
+    found = False
+    for output in cell.get("outputs", []):
+        page = output.get("data", {}).get("text/html", "")
+        if FIGURE in page:
+            found = True
+            text = next(texts, None)
+            if text is not None:
+                before, _, rest = page.partition(f'{FIGURE} alt="')
+                _, _, after = rest.partition('"')
+                output.data["text/html"] = f'{before}{FIGURE} alt="{html.escape(text)}"{after}'
+    return found
 
 
-def slide_type(cell: nbformat.NotebookNode, figures: list) -> str:
+def slide_type(cell: nbformat.NotebookNode, has_figures: bool) -> str:
     """Headings begin slides, figures the slides below them."""
     if cell.cell_type == "markdown" and cell.source.startswith("#"):
         return "slide"
-    return "subslide" if figures else "-"
+    return "subslide" if has_figures else "-"
 
 
 def table_of_minutes() -> str:

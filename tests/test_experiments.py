@@ -239,9 +239,12 @@ def test_a_chapter_shows_the_code_that_made_its_results(chapter):
 def test_executing_a_chapter_keeps_its_outputs_and_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(execute, "HERE", tmp_path)
     source = (
-        "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()\nprint('a stored output')"
+        "import book\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()\n"
+        "print('a stored output')"
     )
     cells = [nbformat.v4.new_markdown_cell("# A chapter"), nbformat.v4.new_code_cell(source)]
+    cells[1].metadata["alt"] = "A line that rises."
+    monkeypatch.setenv("PYTHONPATH", str(CHAPTERS))
     path = tmp_path / "11_new.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     execute.execute(path)
@@ -249,7 +252,7 @@ def test_executing_a_chapter_keeps_its_outputs_and_seconds(tmp_path, monkeypatch
     heading, code = stored.cells
     assert stored.metadata["measured"].keys() == {"seconds", "machine", "torch"}
     assert "a stored output" in "".join(output.get("text", "") for output in code.outputs)
-    assert any("image/png" in output.get("data", {}) for output in code.outputs)
+    assert any('alt="A line that rises."' in str(output.get("data")) for output in code.outputs)
     assert "execution" not in code.metadata  # timestamps
     assert heading.metadata["slideshow"]["slide_type"] == "slide"
     assert code.metadata["slideshow"]["slide_type"] == "subslide"

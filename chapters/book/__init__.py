@@ -27,8 +27,9 @@ from .plotting import (
     curves,
     png,
     show,
+    show_figures_as_html,
 )
-from .widgets import slider, studio
+from .widgets import compare, predict, slider, studio
 
 __all__ = [
     "BLACK",
@@ -42,6 +43,7 @@ __all__ = [
     "SKY",
     "YELLOW",
     "check",
+    "compare",
     "curves",
     "diagram",
     "load_data",
@@ -49,9 +51,12 @@ __all__ = [
     "load_model",
     "load_recipe",
     "png",
+    "predict",
     "result",
     "show",
     "slider",
     "studio",
     "to_image",
 ]
+
+show_figures_as_html()

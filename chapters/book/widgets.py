@@ -1,40 +1,196 @@
-"""What a reader moves and types into: a slider over finished images, and a studio that draws."""
+"""What a reader moves, answers and types into.
+
+Sliders, comparisons and questions are plain HTML whose controls carry their own line of script. So
+they work without a kernel: in JupyterLab, on Colab, in the stored notebook and on a static page.
+Where scripts are off, a slider shows its first frame, and an answer can be unfolded at once. Only
+the studio, where the model draws, needs the kernel.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import ipywidgets
+import matplotlib.pyplot as plt
 import torch
+from IPython.display import HTML, display
+from IPython.utils.capture import capture_output
 from torch import Tensor
 
 from ldm_minimal import LatentDiffusion
 
-from .plotting import png
+from .plotting import CSS_DPI, image_tag, png, png_of_figure
+
+BUTTON = (
+    "font: inherit; color: inherit; background: transparent; cursor: pointer; text-align: left; "
+    "border: 1px solid currentColor; border-radius: 6px; padding: 0.35em 0.8em; margin: 0.2em"
+)
+CARD = "border-left: 4px solid #0072B2; padding: 0.3em 1em; margin: 0.5em 0; max-width: 54em"
+
+# The controls' scripts. `this` is the control; each looks only inside its own widget.
+SLIDE = """
+const frames = this.closest('.book-slider').querySelectorAll('.book-frame');
+frames.forEach((frame, i) => frame.style.display = i == this.value ? '' : 'none');
+this.setAttribute('aria-valuetext', frames[this.value].textContent.trim());
+"""
+PLAY = """
+const handle = this.closest('.book-slider').querySelector('input');
+const step = () => {
+    if (!handle.isConnected || handle.value == handle.max) return stop();
+    handle.stepUp();
+    handle.oninput();
+};
+const stop = () => { clearInterval(this.timer); this.timer = null; this.textContent = 'play'; };
+if (this.timer) return stop();
+if (handle.value == handle.max) { handle.value = 0; handle.oninput(); }
+this.textContent = 'stop';
+this.timer = setInterval(step, 1000 * this.dataset.seconds / handle.max);
+"""
+UNCOVER = """
+const cover = this.closest('.book-compare').querySelector('.book-cover');
+cover.style.clipPath = `inset(0 ${100 - this.value}% 0 0)`;
+"""
+COMMIT = """
+const card = this.closest('.book-predict');
+card.querySelectorAll('button').forEach(button => button.disabled = true);
+this.style.outline = '2px solid currentColor';
+this.setAttribute('aria-pressed', 'true');
+card.querySelector('.book-verdict').textContent = this.dataset.verdict;
+card.querySelector('details').open = true;
+card.dataset.chosen = 'yes';
+"""
+CHOOSE_FIRST = """
+const card = this.closest('.book-predict');
+if (card.dataset.chosen) return;
+event.preventDefault();
+card.querySelector('.book-verdict').textContent = 'Choose first: what do you expect?';
+"""
+
+
+def _script(code: str) -> str:
+    """The code as the value of an HTML attribute."""
+    return html.escape(" ".join(code.split()))
+
+
+def _image(image: Tensor | plt.Figure, alt: str, factor: int) -> str:
+    """An HTML image of (3, H, W) in [-1, 1], each pixel `factor` wide, or of a finished figure."""
+    if isinstance(image, plt.Figure):
+        content, width, style = png_of_figure(image), image.get_figwidth() * CSS_DPI, ""
+        plt.close(image)
+    else:
+        content, width, style = (
+            png(image, 1),
+            image.shape[-1] * factor,
+            "image-rendering: pixelated;",
+        )
+    return image_tag(content, alt, width, style=style)
+
+
+# ---- without a kernel --------------------------------------------------------------------------
 
 
 def slider(
-    images: Sequence[Tensor], labels: Sequence[str], name: str, factor: int = 6
-) -> ipywidgets.Widget:
+    images: Sequence[Tensor | plt.Figure],
+    labels: Sequence[str],
+    name: str,
+    factor: int = 6,
+    *,
+    seconds: float | None = None,
+) -> HTML:
     """Move through images made beforehand: a slider called `name`, then the image and its label.
 
-    images: each (3, H, W) in [-1, 1], shown with every pixel `factor` x `factor`.
+    images: each (3, H, W) in [-1, 1], shown with every pixel `factor` x `factor`, or a figure.
+    seconds: how long the film of all of them takes; then there is a button that plays it.
     """
-    frames = [png(image, factor) for image in images]
-    handle = ipywidgets.IntSlider(
-        0, 0, len(frames) - 1, description=name, readout=False, layout={"width": "420px"}
+    if len(images) != len(labels):
+        raise ValueError(f"there are {len(images)} images and {len(labels)} labels: one for each")
+    frames = ""
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        hidden = "" if i == 0 else "display: none"
+        picture = _image(image, f"{name}: {label}", factor)
+        frames += f'<div class="book-frame" style="{hidden}">'
+        frames += f"<div>{html.escape(label)}</div>{picture}</div>"
+    button = ""
+    if seconds is not None:
+        button = (
+            f'<button type="button" style="{BUTTON}" data-seconds="{seconds:g}" '
+            f'onclick="{_script(PLAY)}">play</button>'
+        )
+    return HTML(
+        f'<div class="book-slider"><label>{html.escape(name)} <input type="range" min="0" '
+        f'max="{len(images) - 1}" value="0" autocomplete="off" style="width: min(420px, 60%); '
+        f'vertical-align: middle" oninput="{_script(SLIDE)}"></label>{button}{frames}</div>'
     )
-    shown = ipywidgets.Image(value=frames[0], format="png")
-    label = ipywidgets.Label(labels[0])
 
-    def move(change: dict) -> None:
-        shown.value = frames[change["new"]]
-        label.value = labels[change["new"]]
 
-    handle.observe(move, "value")
-    box = ipywidgets.VBox([ipywidgets.HBox([handle, label]), shown])
-    box.add_class("widget-interact")
-    return box
+def compare(
+    left: Tensor | plt.Figure,
+    right: Tensor | plt.Figure,
+    names: tuple[str, str],
+    factor: int = 6,
+) -> HTML:
+    """Drag to compare two images of one size: `left` is to the left of the handle."""
+    first, second = (html.escape(name) for name in names)
+    below = _image(right, names[1], factor)
+    above = _image(left, names[0], factor)
+    return HTML(
+        '<div class="book-compare" style="display: inline-block; max-width: 100%">'
+        f'<div style="display: flex; justify-content: space-between"><span>{first}</span>'
+        f"<span>{second}</span></div>"
+        f'<div style="position: relative; line-height: 0">{below}<div class="book-cover" style="'
+        f'position: absolute; inset: 0; clip-path: inset(0 50% 0 0)">{above}</div></div>'
+        f'<input type="range" min="0" max="100" value="50" autocomplete="off" '
+        f'aria-label="{first}, up to here; then {second}" style="width: 100%; margin: 0.4em 0" '
+        f'oninput="{_script(UNCOVER)}"></div>'
+    )
+
+
+@contextmanager
+def predict(
+    question: str, choices: Sequence[str], answer: str, because: str = ""
+) -> Iterator[None]:
+    """A question to which the reader commits; what the block shows is folded until then.
+
+        with predict("What happens to the loss?", ["It falls.", "It rises."], "It falls."):
+            curves(...)
+
+    answer: one of the choices. because: a sentence or two above what the block shows.
+    """
+    if answer not in choices:
+        raise ValueError(f"answer is {answer!r}; allowed is one of the choices {list(choices)}")
+    with capture_output() as shown:
+        yield
+    folded = f"<p>{because}</p>" if because else ""
+    for output in shown.outputs:
+        folded += (
+            output.data.get("text/html") or f"<pre>{html.escape(output.data['text/plain'])}</pre>"
+        )
+    if shown.stdout:
+        folded += f"<pre>{html.escape(shown.stdout)}</pre>"
+    buttons = ""
+    for choice in choices:
+        verdict = "Right."
+        if choice != answer:
+            expected, found = choice.rstrip("."), answer.rstrip(".")
+            verdict = f"You expected: {expected}. The answer is: {found}."
+        buttons += (
+            f'<button type="button" style="{BUTTON}" data-verdict="{html.escape(verdict)}" '
+            f'onclick="{_script(COMMIT)}">{choice}</button>'
+        )
+    display(
+        HTML(
+            f'<div class="book-predict" style="{CARD}"><p><b>Predict.</b> {question}</p>'
+            f'<div role="group" aria-label="your prediction">{buttons}</div>'
+            '<p class="book-verdict" role="status" style="min-height: 1.5em"></p>'
+            f'<details><summary onclick="{_script(CHOOSE_FIRST)}">The answer</summary>{folded}'
+            "</details></div>"
+        )
+    )
+
+
+# ---- with a kernel -----------------------------------------------------------------------------
 
 
 def studio(model: LatentDiffusion) -> ipywidgets.Widget:
