@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import pytest
@@ -232,6 +233,62 @@ def test_what_settles_a_prediction_is_folded(capsys, monkeypatch):
         book.predict("Which?", ["this", "that"], "those"),
     ):
         pass
+
+
+PARTS = "autoencoder cross_attention ddim_step guidance reparameterisation residual_block unet"
+
+
+@pytest.mark.parametrize("part", PARTS.split())
+def test_a_diagram_is_well_formed_and_described(part, monkeypatch):
+    drawn = drawn_by(getattr(book.diagrams, part), monkeypatch)
+    assert len(drawn) == 1
+
+
+def test_the_map_lights_the_part_of_each_chapter(monkeypatch):
+    def draw_all():
+        for chapter in range(11):
+            book.diagrams.pipeline(chapter)
+
+    drawn = drawn_by(draw_all, monkeypatch)
+    faint = [len(drawing.findall(".//*[@opacity]")) for drawing in drawn]
+    assert faint[0] == faint[8] == 0  # the whole of it
+    assert all(count > 10 for chapter, count in enumerate(faint) if chapter not in (0, 8, 10))
+    number = "".join(drawn[4].find(".//*[@class='number']").itertext())
+    assert number == "3"  # the first badge, faint in chapter 4
+
+
+def drawn_by(function, monkeypatch):
+    """The drawings that a function displays, as XML; each has an alternative text."""
+    shown = []
+    monkeypatch.setattr(book.drawing, "display", shown.append)
+    function()
+    for page in shown:
+        assert len(re.search(' alt="([^"]*)"', page.data)[1]) > 100
+        assert 'width="864"' in page.data
+    data = [re.search(r"svg\+xml;base64,([^\"]*)", page.data)[1] for page in shown]
+    return [ElementTree.fromstring(base64.b64decode(svg)) for svg in data]
+
+
+def test_marks_of_a_drawing_are_lower_and_higher():
+    drawing = book.drawing.Drawing(10, 10)
+    drawing.words(0, 0, "z_t < x^{10}")
+    text = ElementTree.fromstring(drawing.svg()).find(".//{*}text")
+    assert "".join(text.itertext()).replace("\u200b", "") == "zt < x10"
+    assert [part.get("dy") for part in text] == ["4", "-4", "-6", "6"]
+
+
+def test_a_latent_is_four_tiles_with_zero_white():
+    z = torch.zeros(4, 2, 3)
+    z[1, 0, 0] = 3.0  # top right
+    z[2, 1, 2] = -9.0  # bottom left
+    image = book.diagrams.latent_image(z)
+    assert image.shape == (3, 5, 7) and image.abs().max() <= 1
+    assert (image[:, 2] == image[0, 2, 0]).all()  # the gap
+    assert (image[:, 0, 0] == 1).all()
+    red, _, blue = image[:, 0, 4].tolist()
+    assert red > blue
+    red, _, blue = image[:, 4, 2].tolist()
+    assert blue > red
 
 
 def test_a_figure_is_described_by_its_label_or_by_what_is_written_in_it():

@@ -11,7 +11,7 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 from ldm_minimal.sample import to_image
 
-from .diagrams import diagram
+from . import diagrams
 from .grading import check
 from .loading import SHIPPED, load_data, load_evaluator, load_model, load_recipe, result
 from .plotting import (
@@ -45,7 +45,7 @@ __all__ = [
     "check",
     "compare",
     "curves",
-    "diagram",
+    "diagrams",
     "load_data",
     "load_evaluator",
     "load_model",

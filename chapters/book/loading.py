@@ -15,9 +15,11 @@ from ldm_minimal.files import REPOSITORY, data_module
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
-# The chapters tell of version 1 of the data, and of the model that was trained on it.
-DATA = REPOSITORY / "data" / "shapes" / "32-version-1"
-SHIPPED = REPOSITORY / "data" / "checkpoints" / "shapes-1"
+# Version 2 of the data, and the model that was trained on it, are today's. Chapters that still tell
+# of version 1 keep its data and its model.
+FOLDERS = {1: "32-version-1", 2: "32"}
+CHECKPOINTS = {1: "shapes-1", 2: "shapes"}
+SHIPPED = REPOSITORY / "data" / "checkpoints" / CHECKPOINTS[1]
 
 # Chapters import `oracle` and `prepare` from the data set's folder.
 SHAPES_FOLDER = str(REPOSITORY / "data" / "shapes")
@@ -25,10 +27,11 @@ if SHAPES_FOLDER not in sys.path:
     sys.path.insert(0, SHAPES_FOLDER)
 
 
-def load_data(split: str = "train") -> CaptionedImages:
+def load_data(split: str = "train", version: int = 1) -> CaptionedImages:
     """The shapes of `train` or `test`, 32 x 32; drawn first where they are not there yet."""
-    data_module("shapes", "prepare").prepare(DATA, size=32, version=1)
-    return CaptionedImages.from_folder(DATA / split, 32)
+    folder = REPOSITORY / "data" / "shapes" / FOLDERS[version]
+    data_module("shapes", "prepare").prepare(folder, size=32, version=version)
+    return CaptionedImages.from_folder(folder / split, 32)
 
 
 def load_recipe() -> Config:
@@ -37,14 +40,18 @@ def load_recipe() -> Config:
     return Config.from_dict(values | {"scale_factor": None})
 
 
-def load_model() -> LatentDiffusion:
-    """The model of the chapters: trained by the same code as theirs, with more steps."""
-    return LatentDiffusion.load(SHIPPED / "model")
+def load_model(version: int = 1) -> LatentDiffusion:
+    """The shipped model: trained by the same code as the chapters' own, with more steps."""
+    return LatentDiffusion.load(_checkpoint(version) / "model")
 
 
-def load_evaluator() -> CLIP:
+def load_evaluator(version: int = 1) -> CLIP:
     """A second CLIP, of another seed, that no training ever used."""
-    return CLIP.load(SHIPPED / "evaluator")
+    return CLIP.load(_checkpoint(version) / "evaluator")
+
+
+def _checkpoint(version: int) -> Path:
+    return REPOSITORY / "data" / "checkpoints" / CHECKPOINTS[version]
 
 
 def result(name: str) -> dict:
