@@ -183,8 +183,9 @@ class Config:
     adversarial_weight: float = 0.5  # of the adversarial loss, times the adaptive weight
     adversarial_limit: float = 20.0  # of the adaptive weight
     adversarial_start: int = 500  # first step of the discriminator
-    discriminator_head_start: int = 100  # steps in which it learns and the autoencoder ignores it
-    discriminator_rate: float = 1e-3  # its learning rate, the same in all steps
+    discriminator_head_start: int = 300  # steps in which it learns and the autoencoder ignores it
+    discriminator_layers: int = 2  # it judges patches of 16, 34 or 70 pixels with 1, 2 or 3
+    discriminator_rate: float = 1e-3  # its learning rate (AdamW), the same in all steps
     snr_clip: float | None = None  # see `snr_weight`
 
     def autoencoder_weights(self) -> dict[str, float]:
@@ -246,7 +247,8 @@ SHAPES = Config(
     denoiser_training=TrainConfig(steps=2000, batch_size=64, learning_rate=8e-3, muon=True),
     perceptual_weight=0.2,
     adversarial_weight=0.25,
-    adversarial_start=900,
+    adversarial_start=600,
+    discriminator_layers=1,
     snr_clip=1.0,
 )
 
@@ -2021,21 +2023,25 @@ def train_autoencoder(
     """Stage 1: squeeze and restore. Yields (steps done, loss terms); trains `model.autoencoder`.
 
     perceptual: by default on the features of the model's own image encoder. discriminator: by
-    default a `PatchDiscriminator(32, 2)` (seed torch for its first weights). It joins at step
+    default a `PatchDiscriminator` (seed torch for its first weights). It joins at step
     `model.config.adversarial_start`, and is heard `discriminator_head_start` steps later; the
-    weights of all terms are the config's, too. With `config.muon` it learns by Muon, as the
-    autoencoder does. Over several processes each takes the adaptive weight of its own share, as
-    CompVis does. Call `measure_scale_factor` afterwards.
+    weights of all terms are the config's, too. It learns by AdamW: with Muon it would win at
+    once. Over several processes each takes the adaptive weight of its own share, as CompVis does.
+    Call `measure_scale_factor` afterwards.
     """
     accelerator = _begin(accelerator, config, data)
     data = data.to(accelerator.device)
     model.to(accelerator.device)
     if perceptual is None:
         perceptual = PerceptualLoss(model.image_encoder.eval().requires_grad_(False).features)
-    discriminator = discriminator or PatchDiscriminator(32, 2)
+    discriminator = discriminator or PatchDiscriminator(32, model.config.discriminator_layers)
     trainer = Trainer(model.autoencoder, config, accelerator)
     constant_rate = dataclasses.replace(
-        config, learning_rate=model.config.discriminator_rate, warmup_steps=0, final_lr=1.0
+        config,
+        learning_rate=model.config.discriminator_rate,
+        warmup_steps=0,
+        final_lr=1.0,
+        muon=False,
     )
     discriminator_trainer = Trainer(discriminator, constant_rate, accelerator)
     last_layer = model.autoencoder.last_layer

@@ -199,14 +199,15 @@ def test_a_batch_needs_enough_pairs(tiny, data):
         next(train_clip(clip_of(tiny), few_pairs, config))
 
 
-def test_the_discriminator_has_a_constant_rate_of_its_own(tiny, data):
-    """Adam's first step moves each weight by the rate; here it comes late in the schedule."""
+@pytest.mark.parametrize("muon", [False, True])
+def test_the_discriminator_has_a_constant_rate_of_its_own(muon, tiny, data):
+    """AdamW's first step moves each weight by the rate; here it comes late in the schedule."""
     tiny.config = dataclasses.replace(
         tiny.config, adversarial_start=3, discriminator_head_start=0, discriminator_rate=2e-3
     )
     discriminator = PatchDiscriminator(8, 1)
     before = copy.deepcopy(discriminator)
-    config = TrainConfig(steps=4, batch_size=8, learning_rate=1e-2, warmup_steps=1)
+    config = TrainConfig(steps=4, batch_size=8, learning_rate=1e-2, warmup_steps=1, muon=muon)
     list(train_autoencoder(tiny, data, config, discriminator=discriminator))
     moves = [(p - q).abs().max() for p, q in zip(discriminator.parameters(), before.parameters())]
     assert max(moves).item() == pytest.approx(2e-3, rel=0.05)

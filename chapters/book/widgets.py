@@ -74,25 +74,29 @@ def _script(code: str) -> str:
     return html.escape(" ".join(code.split()))
 
 
-def _image(image: Tensor | plt.Figure, alt: str, factor: int) -> str:
-    """An HTML image of (3, H, W) in [-1, 1], each pixel `factor` wide, or of a finished figure."""
+def _image(image: Tensor | tuple | plt.Figure, alt: str, factor: int) -> str:
+    """An HTML image of (3, H, W) in [-1, 1], each pixel `factor` wide, or of a finished figure.
+
+    Several images are shown side by side, as high as the last.
+    """
     if isinstance(image, plt.Figure):
-        content, width, style = png_of_figure(image), image.get_figwidth() * CSS_DPI, ""
         plt.close(image)
-    else:
-        content, width, style = (
-            png(image, 1),
-            image.shape[-1] * factor,
-            "image-rendering: pixelated;",
-        )
-    return image_tag(content, alt, width, style=style)
+        return image_tag(png_of_figure(image), alt, image.get_figwidth() * CSS_DPI)
+    images = image if isinstance(image, tuple) else (image,)
+    height = images[-1].shape[-2] * factor
+    tags = []
+    for x in images:
+        width = height * x.shape[-1] / x.shape[-2]
+        style = "image-rendering: pixelated; margin-right: 8px;"
+        tags.append(image_tag(png(x, 1), alt if x is images[-1] else "", width, style=style))
+    return "".join(tags)
 
 
 # ---- without a kernel --------------------------------------------------------------------------
 
 
 def slider(
-    images: Sequence[Tensor | plt.Figure],
+    images: Sequence[Tensor | tuple[Tensor, ...] | plt.Figure],
     labels: Sequence[str],
     name: str,
     factor: int = 6,
@@ -101,7 +105,8 @@ def slider(
 ) -> HTML:
     """Move through images made beforehand: a slider called `name`, then the image and its label.
 
-    images: each (3, H, W) in [-1, 1], shown with every pixel `factor` x `factor`, or a figure.
+    images: each (3, H, W) in [-1, 1], shown with every pixel `factor` x `factor`; or several of
+    them, side by side; or a figure.
     seconds: how long the film of all of them takes; then there is a button that plays it.
     """
     if len(images) != len(labels):

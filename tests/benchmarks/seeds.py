@@ -4,8 +4,8 @@
     python tests/benchmarks/seeds.py --threads 1 --jobs 2  # with one thread each, two at once
 
 Each run is `python -m ldm_minimal train` as a reader types it, into runs/seeds/THREADS-SEED; then
-its model is scored on 512 held-out captions. A stopped run goes on where it was, and a finished one
-is read, not repeated. Further options go to `train` (after `--`).
+its model is scored on 512 held-out captions at guidance 3. A stopped run goes on where it was, and
+a finished one is read, not repeated. Further options go to `train` (after `--`).
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+GUIDANCE = "3"
 COLUMNS = (
     "all",
     "seen pairs",
@@ -44,7 +45,8 @@ def train_and_evaluate(out, seed, threads, captions, options):
     with open(out.with_suffix(".log"), "a") as log:
         command = [*program, "train", "--seed", str(seed), "--out", str(out), "--captions", "0"]
         subprocess.run([*command, *options], env=environment, stdout=log, stderr=log, check=True)
-        command = [*program, "evaluate", "--model", str(out), "--captions", str(captions), "--json"]
+        command = [*program, "evaluate", "--model", str(out), "--captions", str(captions)]
+        command += ["--guidance", GUIDANCE, "--json"]
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=log, check=True
         )
@@ -61,9 +63,9 @@ def minutes_of(log):
     return sum(last.values()) / 60
 
 
-def row_of(scores, guidance="5"):
+def row_of(scores):
     """The figures of a run's line in the table."""
-    accuracy = scores["guidance"][guidance]["accuracy"]
+    accuracy = scores["guidance"][GUIDANCE]["accuracy"]
     row = [accuracy[name] for name in COLUMNS]
     return [*row, scores["ceiling"]["all"], scores["psnr"], scores["minutes"]]
 

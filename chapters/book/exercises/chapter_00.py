@@ -35,7 +35,7 @@ EXERCISES["0.2b"] = Exercise(
 NOISE = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(11))
 
 
-shipped_model = functools.cache(load_model)
+shipped_model = functools.cache(functools.partial(load_model, version=2))
 
 
 @torch.no_grad()
@@ -71,4 +71,15 @@ EXERCISES["0.3"] = Exercise(
         "start from z": lambda model, prompt, z: draw_from(model, prompt, torch.zeros_like(z)),
         "decode the last latent": lambda model, prompt, z: z[0],
     },
+)
+
+EXERCISES["0.4"] = Exercise(
+    reference="CBA",
+    mistakes={
+        "right for mistake 1; splinters all over mean that noise was decoded": "CAB",
+        "right for mistake 2; which of the others does not show the prompt at all?": "ABC",
+    },
+    otherwise="guidance 0 does not hear the prompt; a noised latent decodes to splinters "
+    "everywhere; too much guidance gives colours that are too strong",
+    also_wrong={"guidance 0 does not hear": ["BAC", "cba"]},
 )
