@@ -141,11 +141,11 @@ def pipeline(chapter: int = 0) -> None:
 # ---- parts -------------------------------------------------------------------------------------
 
 
-def residual_block() -> None:
-    """A residual block of the U-Net, with the time embedding, in the sizes of `shapes`."""
+def residual_block(channels: int = 64, side: int = 8, t_width: int = 256) -> None:
+    """A residual block of the U-Net, with the time embedding; by default in size `shapes`."""
     drawing = Drawing(864, 250)
     y = 90
-    drawing.words(52, y, "h\n(64, 8, 8)")
+    drawing.words(52, y, f"h\n({channels}, {side}, {side})")
     drawing.arrow([(96, y), (132, y)])
     drawing.box(200, y, 132, 60, "GroupNorm\nSiLU", "data")
     drawing.arrow([(268, y), (290, y)])
@@ -167,20 +167,57 @@ def residual_block() -> None:
     y = 205
     drawing.words(60, y, "t = 300")
     drawing.arrow([(96, y), (122, y)])
-    drawing.box(200, y, 148, 50, "sines, cosines,\ntwo linear layers", "network")
+    drawing.box(200, y, 148, 50, "waves of t,\nslow and fast", "network")
     drawing.arrow([(276, y), (312, y)])
-    drawing.words(350, y, "t_{emb}\n(256)")
+    drawing.words(350, y, f"t_{{emb}}\n({t_width})")
     drawing.arrow([(386, y), (404, y)])
-    drawing.box(456, y, 96, 50, "SiLU,\nlinear", "network")
+    drawing.box(456, y, 96, 50, "linear", "network")
     drawing.arrow([(436, 178), (436, 107)])
     drawing.words(
-        524, y, "64 numbers: one for each channel,\nthe same at every position", anchor="start"
+        524,
+        y,
+        f"{channels} numbers: one for each channel,\nthe same at every position",
+        anchor="start",
     )
     drawing.show(
         "A residual block. The upper path: GroupNorm and SiLU, a 3 by 3 convolution, plus, "
         "GroupNorm and SiLU, a second convolution, and a plus where the skip connection adds "
         "the input. Below, the timestep becomes sines and cosines, passes two linear layers, "
         "and a last linear layer adds one number to each channel at the first plus."
+    )
+
+
+def pixel_unet() -> None:
+    """The U-Net of chapter 2, on pixels: three levels, and their shapes."""
+    drawing = Drawing(864, 400)
+    levels = [(70, 32, 32), (170, 64, 16), (270, 128, 8)]
+    for i, (y, channels, side) in enumerate(levels):
+        left, right = 190 + 70 * i, 674 - 70 * i
+        drawing.box(left, y, 96, 48, "Block", "network")
+        drawing.box(right, y, 96, 48, "Block", "network")
+        drawing.arrow([(left + 50, y), (right - 52, y)], dashed=True)
+        drawing.words(432, y - (34 if i == 2 else 16), f"skip ({channels}, {side}, {side})")
+        x, below = left + 70, y + 100 if i < 2 else y + 86
+        drawing.arrow([(left + 20, y + 26), (x if i < 2 else 400, below - 26)])
+        drawing.arrow([(right - 70 if i < 2 else 464, below - 26), (right - 20, y + 27)])
+    drawing.words(205, 122, "half", anchor="end")
+    drawing.words(275, 222, "half", anchor="end")
+    drawing.words(345, 318, "half", anchor="end")
+    drawing.words(660, 122, "twice", anchor="start")
+    drawing.words(590, 222, "twice", anchor="start")
+    drawing.words(520, 318, "twice", anchor="start")
+    drawing.box(432, 356, 124, 48, "Block", "network")
+    drawing.words(520, 370, "(128, 4, 4)", anchor="start")
+    drawing.words(46, 70, "x_t\n(3, 32, 32)")
+    drawing.arrow([(92, 70), (138, 70)])
+    drawing.arrow([(724, 70), (764, 70)])
+    drawing.words(808, 70, "ε̂\n(3, 32, 32)")
+    drawing.words(46, 300, "t enters\nevery Block")
+    drawing.show(
+        "The U-Net of this chapter. An image of 3 by 32 by 32 passes three blocks on the way down, "
+        "at sides of 32, 16 and 8 with 32, 64 and 128 channels, a middle block at side 4, and "
+        "three blocks on the way up. Dashed skips carry each level's features across. The time "
+        "enters every block."
     )
 
 

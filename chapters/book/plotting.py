@@ -1,7 +1,7 @@
 """One style of figure for the whole book; images in a grid, and curves.
 
-A figure is as wide as a page (9 inches, 864 CSS pixels) or less, and its PNG has two pixels for
-each CSS pixel, so that it is sharp on every screen. Its text is at least 11 points. The colours
+A figure is as wide as a page (9 inches, 864 CSS pixels) or less, and its PNG has 168 pixels an
+inch, so that it is sharp on every screen. Its text is at least 11 points. The colours
 are those that the colour-blind can tell apart (Okabe & Ito 2008). Each comes with a line style of
 its own, so that a page printed in grey says as much.
 """
@@ -35,7 +35,7 @@ GREY = "#767676"
 
 PAGE_WIDTH = 9.0  # inches
 CSS_DPI = 96  # a browser's inch
-SHARPNESS = 2  # pixels of a PNG for each CSS pixel
+SHARPNESS = 1.75  # pixels of a PNG for each CSS pixel
 FEW = 12  # a line of so many points is a sweep, and shows its points
 
 plt.rcParams.update(
