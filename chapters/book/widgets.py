@@ -168,7 +168,7 @@ def predict(
         raise ValueError(f"answer is {answer!r}; allowed is one of the choices {list(choices)}")
     with capture_output() as shown:
         yield
-    folded = f"<p>{because}</p>" if because else ""
+    folded = f"<p><b>{answer}</b> {because}</p>"
     for output in shown.outputs:
         folded += (
             output.data.get("text/html") or f"<pre>{html.escape(output.data['text/plain'])}</pre>"

@@ -43,5 +43,21 @@ def latent_of_the_image(record):
     return [z.abs().mean().item()], [torch.tensor(record["latents"]["z"]).abs().mean().item()]
 
 
+@common.experiment("00/diagnose", t_index=9)
+def three_mistakes(t_index):
+    """Exercise 0.4: one prompt drawn with three mistakes, in the order A, B, C."""
+    model = load_model(version=2)
+    prompt = ["a blue circle above a green star"]
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))[1:2]
+    steps = list(model.denoise(prompt, guidance=3.0, z=noise))
+    with torch.no_grad():
+        images = [
+            model.generate(prompt, guidance=30.0, z=noise),
+            model.decode(steps[t_index][1]),
+            model.generate(prompt, guidance=0.0, z=noise),
+        ]
+    return {"prompt": prompt[0]}, torch.cat(images).clamp(-1, 1)
+
+
 if __name__ == "__main__":
     common.main("00")
