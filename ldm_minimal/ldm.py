@@ -111,7 +111,7 @@ class ImageConfig:
     width: int = 32  # channels at full resolution
     channel_mult: tuple[int, ...] = (1, 2, 4)  # channels of each level, in multiples of width
     num_groups: int = 8  # of every GroupNorm
-    pool: int = 1  # the last map is averaged in pool x pool fields; 1 forgets what is where
+    pool: int = 1  # the last map is averaged in pool x pool fields; 1 loses the positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,9 +372,9 @@ def denoising_loss(
 
 
 # All samplers have one form; call them under torch.no_grad(). They take predict(z_t, t) ->
-# eps_hat with t (B,), the schedule, and the z to start from. They are generators that yield (t,
-# z, z0_hat) after each step: the step's t, the less noisy z, and the clean latent that the step
-# predicted.
+# eps_hat with t (B,), the schedule, and the z to start from, (B, c, h, w), scaled to unit
+# variance. They are generators that yield (t, z, z0_hat) after each step: the step's t, z after
+# the step, and the clean latent that the step predicted.
 
 
 def predict_z0(z_t: Tensor, eps_hat: Tensor, alpha_bar: float) -> Tensor:
@@ -454,8 +454,9 @@ class ResBlock(nn.Module):
     """h = conv(silu(norm(x))) + proj(t_emb); out = skip(x) + conv(silu(norm(h))).
 
     x: (B, c_in, H, W) -> (B, c_out, H, W). t_emb: (B, t_emb_width), projected and added at every
-    position; t_emb_width 0 (the autoencoder's blocks) takes none. Stable Diffusion has 32 groups,
-    and eps 1e-5 in the U-Net, 1e-6 in the autoencoder.
+    position (the U-Net applies its SiLU once for all blocks); t_emb_width 0 (the autoencoder's
+    blocks) takes none. Stable Diffusion has 32 groups, and eps 1e-5 in the U-Net, 1e-6 in the
+    autoencoder.
     """
 
     def __init__(
@@ -633,6 +634,7 @@ class Autoencoder(nn.Module):
         return self.decoder[-1].weight
 
     def encode(self, x: Tensor) -> Gaussian:
+        """x (B, 3, H, W) in [-1, 1] -> the posterior of z (B, c, h, w), not scaled."""
         height, width = x.shape[2:]
         if height % self.f or width % self.f:
             raise ValueError(
@@ -642,6 +644,7 @@ class Autoencoder(nn.Module):
         return Gaussian(self.to_moments(self.encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:
+        """z (B, c, h, w), not scaled -> x_hat (B, 3, H, W)."""
         z = z.to(self.from_latent.weight.dtype, memory_format=torch.channels_last)
         return self.decoder(self.from_latent(z))
 
@@ -1015,7 +1018,8 @@ class Tokenizer:
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size,
             initial_alphabet=alphabet,
-            # Listed here they get fixed ids. Otherwise ids are random, and ties fall differently.
+            # Listed here they get fixed ids. Otherwise ids would be random, and pairs that are
+            # equally frequent would be merged in another order in each run.
             special_tokens=alphabet_ends,
             end_of_word_suffix="</w>",
             show_progress=False,
@@ -1115,8 +1119,9 @@ class TextEncoder(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.length, config.width)
-        nn.init.normal_(self.token_embedding.weight, std=0.5)  # what a word is, is louder than
-        nn.init.normal_(self.position_embedding.weight, std=0.05)  # where it stands
+        # A word's embedding starts ten times as large as that of its position.
+        nn.init.normal_(self.token_embedding.weight, std=0.5)
+        nn.init.normal_(self.position_embedding.weight, std=0.05)
         blocks = [TextBlock(config.width, config.num_heads) for _ in range(config.num_layers)]
         self.blocks = nn.Sequential(*blocks)
         self.final_norm = nn.LayerNorm(config.width)
@@ -1438,7 +1443,7 @@ def ddim_timesteps(
 
     spacing: "trailing" begins at T-1 and ends without noise, at alpha_bar = 1; "leading" is
     Stable Diffusion's: 981, 961, ... 1 for fifty steps, ending at alpha_bar_0. start: begin at
-    this t, not earlier. Raises ValueError unless 1 <= steps <= T and 0 <= start < T.
+    this t, so with fewer steps. Raises ValueError unless 1 <= steps <= T and 0 <= start < T.
     """
     T = schedule.T
     if not 1 <= steps <= T:
@@ -1464,31 +1469,30 @@ def ddim_step(
     z_t: Tensor,
     eps_hat: Tensor,
     alpha_bar: float,
-    alpha_bar_next: float,
+    alpha_bar_prev: float,
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Predict the clean latent, then go straight to the next noise level. DDIM eq. 12 and 16.
+    """Predict the clean latent, then go straight to another noise level. DDIM eq. 12 and 16.
 
         z'    = sqrt(a') z0_hat + sqrt(1 - a' - sigma^2) eps_hat + sigma noise
         sigma = eta sqrt((1 - a') / (1 - a)) sqrt(1 - a / a')
 
-    where a and a' are alpha_bar and alpha_bar_next (the paper's alpha). eta: 0 is deterministic;
+    where a and a' are alpha_bar and alpha_bar_prev, of z_t and of the result (the paper's
+    alpha). eta: 0 is deterministic;
     1 with all T steps is DDPM. noise: like z_t; it is needed where sigma is not 0.
     """
-    sigma = _ddim_sigma(alpha_bar, alpha_bar_next, eta)
+    sigma = _ddim_sigma(alpha_bar, alpha_bar_prev, eta)
     z0_hat = predict_z0(z_t, eps_hat, alpha_bar)
-    direction = (
-        max(1 - alpha_bar_next - sigma**2, 0.0) ** 0.5
-    )  # negative by rounding, and in ddim_invert
-    z = alpha_bar_next**0.5 * z0_hat + direction * eps_hat
+    direction = max(1 - alpha_bar_prev - sigma**2, 0.0) ** 0.5  # below 0 only by rounding
+    z = alpha_bar_prev**0.5 * z0_hat + direction * eps_hat
     return z + sigma * noise if sigma > 0 else z
 
 
-def _ddim_sigma(alpha_bar: float, alpha_bar_next: float, eta: float) -> float:
+def _ddim_sigma(alpha_bar: float, alpha_bar_prev: float, eta: float) -> float:
     if eta == 0:  # also on the way of `ddim_invert`, towards more noise, which has no variance
         return 0.0
-    variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
+    variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
     return eta * variance**0.5
 
 
@@ -1504,12 +1508,12 @@ def ddim_sample(
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """DDIM: one `ddim_step` for each of `ddim_timesteps(schedule, steps, spacing, start)`."""
-    for t, alpha_bar, alpha_bar_next in ddim_timesteps(schedule, steps, spacing, start):
+    for t, alpha_bar, alpha_bar_prev in ddim_timesteps(schedule, steps, spacing, start):
         eps_hat = predict(z, _full_like_batch(z, t))
         z0_hat = predict_z0(z, eps_hat, alpha_bar)
-        needs_noise = _ddim_sigma(alpha_bar, alpha_bar_next, eta) > 0
+        needs_noise = _ddim_sigma(alpha_bar, alpha_bar_prev, eta) > 0
         noise = _noise_like(z, generator) if needs_noise else None
-        z = ddim_step(z, eps_hat, alpha_bar, alpha_bar_next, eta, noise)
+        z = ddim_step(z, eps_hat, alpha_bar, alpha_bar_prev, eta, noise)
         yield t, z, z0_hat
 
 
@@ -1614,15 +1618,20 @@ class LatentDiffusion(nn.Module):
         """From noise to the prompts' latents: yields (t, z, z0_hat) after each DDIM step.
 
         steps: 1 ... T. guidance: w; 1 is plain conditional sampling. negative: a caption to steer
-        away from. eta: in [0, 1]; 0 is deterministic given the first noise, 1 is as random as
-        DDPM. generator: of all noise. z: start from these latents instead of noise; size is then
-        not used. Image to image: z = schedule.add_noise(encode(x), t, eps) and start = t.
-        spacing: of the timesteps, by default the config's. size: height and width in pixels,
-        multiples of f * 2 ** (U-Net levels - 1), by default the config's. Sampling stays in
-        float32 whatever the U-Net's precision. Raises ValueError for what is not allowed.
+        away from (not used at guidance 1). eta: in [0, 1]; 0 is deterministic given the first
+        noise, 1 is as random as DDPM. generator: of all noise. z: start from these latents, one
+        for each prompt, instead of noise; size is then not used. Image to image:
+        z = schedule.add_noise(encode(x), t, eps) and start = t. spacing: of the timesteps, by
+        default the config's. size: height and width in pixels, multiples of
+        f * 2 ** (U-Net levels - 1), by default the config's. Sampling stays in float32 whatever
+        the U-Net's precision. Raises ValueError for what is not allowed.
         """
         size = size or (self.config.image_size, self.config.image_size)
         self._check_arguments(prompts, guidance, eta, size)
+        if z is None and start is not None:
+            raise ValueError(f"start is {start}, which needs z, the latents noised to that time")
+        if z is not None and len(z) != len(prompts):
+            raise ValueError(f"z has {len(z)} latents for {len(prompts)} prompts: one for each")
         _ = self.scale_factor  # raises now rather than after all the steps
         if z is None:
             f = self.autoencoder.f
@@ -1710,7 +1719,8 @@ def _load_model(build: Callable[[dict], nn.Module], folder: str | os.PathLike) -
     try:
         model = build(json.loads((folder / "config.json").read_text()))
         if (folder / "tokenizer.json").is_file():
-            model.tokenizer = Tokenizer.load(folder / "tokenizer.json")
+            length = model.text_encoder.config.length
+            model.tokenizer = Tokenizer.load(folder / "tokenizer.json", length)
         weights = {}
         for file in folder.glob("model*.safetensors"):  # one, or several where files must be small
             weights |= safetensors.torch.load_file(file)
@@ -1753,10 +1763,11 @@ class EMA:
 class Muon(torch.optim.Optimizer):
     """Steps in which every direction of a weight matrix learns equally fast (Jordan et al. 2024).
 
-        M = momentum M + (1 - momentum) gradient = U S V^T         (singular value decomposition)
-        W = W - lr 0.2 sqrt(max(rows, columns)) U V^T
+        M = momentum M + (1 - momentum) gradient
+        N = momentum M + (1 - momentum) gradient = U S V^T   (Nesterov momentum, and its SVD)
+        W = (1 - lr weight_decay) W - lr 0.2 sqrt(max(rows, columns)) U V^T
 
-    U V^T is M with all its singular values S set to 1: what shows only in small gradients is
+    U V^T is N with all its singular values S set to 1: what shows only in small gradients is
     learned as fast as what shows in large ones. 0.2 sqrt(...) makes a step as large as AdamW's,
     so both take the same rates (Liu et al. 2025).
 
@@ -1783,9 +1794,11 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is not None:
                     state = self.state[weight]
-                    average = state.setdefault("average", torch.zeros_like(weight))
+                    if not state:
+                        state["average"] = torch.zeros_like(weight)
+                    average = state["average"]
                     average.lerp_(weight.grad, 1 - momentum)
-                    update = weight.grad.lerp(average, momentum)  # looks ahead, as Nesterov did
+                    update = weight.grad.lerp(average, momentum)
                     update = update.flatten(1)  # (rows, columns)
                     by_shape.setdefault(update.shape, []).append((weight, update))
             for shape, pairs in by_shape.items():
@@ -2032,6 +2045,8 @@ def train_autoencoder(
     accelerator = _begin(accelerator, config, data)
     data = data.to(accelerator.device)
     model.to(accelerator.device)
+    if perceptual is None and model.image_encoder is None:
+        raise ValueError("perceptual is None, and the model has no image encoder to take for it")
     if perceptual is None:
         perceptual = PerceptualLoss(model.image_encoder.eval().requires_grad_(False).features)
     discriminator = discriminator or PatchDiscriminator(32, model.config.discriminator_layers)
@@ -2102,8 +2117,8 @@ def embed_all(
 def snr_weight(schedule: NoiseSchedule, snr_clip: float | None) -> Tensor:
     """min(SNR, snr_clip) / SNR of every timestep: (T,) float64, all 1 where snr_clip is None.
 
-    Hang et al. 2023. Faint noise is hard to predict and hardly changes the image; with this
-    weight it takes less of a short training.
+    Hang et al. 2023. Where there is little noise it is hard to predict, and changes the image
+    little; with this weight such timesteps take less of a short training.
     """
     snr = schedule.snr()
     if snr_clip is None:

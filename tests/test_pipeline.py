@@ -15,6 +15,7 @@ from ldm_minimal import (
     Config,
     LatentDiffusion,
     NoiseSchedule,
+    Tokenizer,
     ddim_sample,
     guided_eps,
 )
@@ -164,6 +165,8 @@ def test_keys_and_values_prepared_once_give_the_same_prediction(tiny):
         ({"prompts": "a red circle"}, "a list of"),
         ({"size": (16, 18)}, "size is 16 x 18; .* multiples of 4"),
         ({"size": (0, 16)}, "size is 0 x 16; .* multiples of 4"),
+        ({"start": 300}, "start is 300, which needs z"),
+        ({"z": torch.zeros(1, 4, 8, 8)}, f"z has 1 latents for {len(PROMPTS)} prompts"),
     ],
 )
 def test_what_is_not_allowed_is_named(tiny, options, message):
@@ -205,6 +208,16 @@ def test_saved_and_loaded_it_is_the_same_model(tiny, tmp_path):
     assert not loaded.training
     assert_same_weights(loaded, tiny)
     assert torch.equal(draw(tiny), draw(loaded))
+
+
+def test_a_loaded_model_reads_captions_of_its_own_length(tiny, tmp_path):
+    text = dataclasses.replace(TINY.text, length=12)
+    model = LatentDiffusion(dataclasses.replace(TINY, text=text, scale_factor=0.5))
+    model.tokenizer = Tokenizer.from_merges(list(tiny.tokenizer.merges), length=12)
+    model.save(tmp_path / "model")
+    loaded = LatentDiffusion.load(tmp_path / "model")
+    assert loaded.tokenizer(["a red circle"]).shape == (1, 12)
+    assert torch.equal(loaded.embed(PROMPTS), model.eval().embed(PROMPTS))
 
 
 def test_half_precision_halves_the_file_and_keeps_three_digits(tiny, tmp_path):

@@ -199,6 +199,13 @@ def test_a_batch_needs_enough_pairs(tiny, data):
         next(train_clip(clip_of(tiny), few_pairs, config))
 
 
+def test_without_an_image_encoder_the_autoencoder_needs_a_perceptual_distance(tiny, data):
+    tiny.image_encoder = None
+    config = TrainConfig(steps=1, batch_size=8, learning_rate=1e-3)
+    with pytest.raises(ValueError, match="perceptual is None, and the model has no image encoder"):
+        next(train_autoencoder(tiny, data, config))
+
+
 @pytest.mark.parametrize("muon", [False, True])
 def test_the_discriminator_has_a_constant_rate_of_its_own(muon, tiny, data):
     """AdamW's first step moves each weight by the rate; here it comes late in the schedule."""
