@@ -277,16 +277,16 @@ def test_train_on_a_folder_of_ones_own_images(here):
 
 @pytest.mark.slow
 def test_the_options_of_train_reach_the_recipe(here):
-    options = ["--accumulate", "2", "--rate-denoiser", "0.001", "--steps-autoencoder", "3"]
+    options = ["--accumulate", "2", "--rate-denoiser", "0.001", "--steps-autoencoder", "5"]
     assert main([*TRAIN, *options, "--captions", "0"]) == 0
     config = json.loads((here / "new/model/config.json").read_text())
     denoiser, clip = config["denoiser_training"], config["clip_training"]
     assert denoiser["learning_rate"] == 0.001
     assert denoiser["grad_accum_steps"] == 2 and clip["grad_accum_steps"] == 1
     assert denoiser["batch_size"] == 4 and clip["steps"] == 2
-    # The discriminator joins after the same share of the training: 2,000 of 3,000 steps.
-    assert config["autoencoder_training"]["steps"] == 3 and config["adversarial_start"] == 2
-    assert config["discriminator_head_start"] == 0
+    # The discriminator joins, and is heard, after the same share: 600 and 900 of 1,500 steps.
+    assert config["autoencoder_training"]["steps"] == 5 and config["adversarial_start"] == 2
+    assert config["discriminator_head_start"] == 1
 
 
 def narrow_lpips(path):
