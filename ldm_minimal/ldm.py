@@ -2051,14 +2051,7 @@ def train_autoencoder(
         perceptual = PerceptualLoss(model.image_encoder.eval().requires_grad_(False).features)
     discriminator = discriminator or PatchDiscriminator(32, model.config.discriminator_layers)
     trainer = Trainer(model.autoencoder, config, accelerator)
-    constant_rate = dataclasses.replace(
-        config,
-        learning_rate=model.config.discriminator_rate,
-        warmup_steps=0,
-        final_lr=1.0,
-        muon=False,
-    )
-    discriminator_trainer = Trainer(discriminator, constant_rate, accelerator)
+    discriminator_trainer = _discriminator_trainer(discriminator, model, config, accelerator)
     last_layer = model.autoencoder.last_layer
     weights = model.config.autoencoder_weights()
     side = model.config.image_size // model.autoencoder.f
@@ -2088,16 +2081,40 @@ def train_autoencoder(
             pairs.append(torch.cat([x, x_hat.detach()]))
         trainer.update(step)
         if joined:
-            discriminator.requires_grad_(True)
-            for pair, terms in zip(pairs, losses, strict=True):
-                with accelerator.accumulate(discriminator_trainer.net):
-                    real, restored = discriminator_trainer.net(pair).chunk(2)
-                    terms["discriminator"] = discriminator_loss(real, restored)
-                    discriminator_trainer.backward(terms["discriminator"])
-            discriminator_trainer.update(step)
+            judged = _discriminator_step(discriminator_trainer, pairs, step)
+            for terms, loss in zip(losses, judged, strict=True):
+                terms["discriminator"] = loss
         yield step + 1, _mean_losses(losses)
     trainer.finish()
     discriminator_trainer.finish()
+
+
+def _discriminator_trainer(
+    discriminator: nn.Module, model: LatentDiffusion, config: TrainConfig, accelerator: Accelerator
+) -> Trainer:
+    """AdamW at a constant rate of its own."""
+    recipe = dataclasses.replace(
+        config,
+        learning_rate=model.config.discriminator_rate,
+        warmup_steps=0,
+        final_lr=1.0,
+        muon=False,
+    )
+    return Trainer(discriminator, recipe, accelerator)
+
+
+def _discriminator_step(trainer: Trainer, pairs: list[Tensor], step: int) -> list[Tensor]:
+    """One step; pairs: [x, x_hat] of each micro-batch, (2 B, 3, H, W). Returns their losses."""
+    trainer.module.requires_grad_(True)
+    losses = []
+    for pair in pairs:
+        with trainer.accelerator.accumulate(trainer.net):
+            real, restored = trainer.net(pair).chunk(2)
+            loss = discriminator_loss(real, restored)
+            trainer.backward(loss)
+        losses.append(loss)
+    trainer.update(step)
+    return losses
 
 
 @torch.no_grad()
