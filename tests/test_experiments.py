@@ -197,7 +197,7 @@ def test_every_trap_is_known_and_no_other(tiny):
 # ---- the chapters show the code of their results ----
 
 SHOWN = {
-    "02": ["Block", "SimpleUNet", "train"],
+    "02": ["Block", "SimpleUNet", "train", "clipped"],
     "03": ["train"],
     "05": ["inside"],
     "07": ["skip"],

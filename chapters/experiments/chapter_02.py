@@ -2,11 +2,21 @@
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import nn
 
 import common
 from book import load_data
-from ldm_minimal import NoiseSchedule, ddpm_sample, timestep_embedding
+from ldm_minimal import (
+    EMA,
+    CaptionedImages,
+    NoiseSchedule,
+    TrainConfig,
+    Trainer,
+    ddpm_sample,
+    predict_z0,
+    timestep_embedding,
+)
 
 schedule = NoiseSchedule("linear")
 
@@ -110,6 +120,83 @@ def pixels(steps, batch):
 @common.beginning("02/pixels")
 def first_fifty_steps(record):
     _, training = new_training(record["steps"], record["batch"])
+    return [common.first_mean(training, 50)], record["losses_of_50_steps"][:1]
+
+
+def single_objects():
+    """The training images of version 2 with one object."""
+    data = load_data("train", version=2)
+    rows = [i for i, row in enumerate(data.rows) if len(row["scene"]["things"]) == 1]
+    return CaptionedImages(data.images[rows], [data.captions[i] for i in rows])
+
+
+def long_training(steps, batch, rate):
+    """The averaged U-Net of a longer training, and the generator of its losses.
+
+    It differs from `train` by the optimizer, Muon, and by averaging the weights (chapter 8).
+    """
+    draw = common.batches(single_objects())
+    torch.manual_seed(0)
+    unet = SimpleUNet()
+    average = EMA(unet, decay=0.995)
+    config = TrainConfig(steps=steps, batch_size=batch, learning_rate=rate, muon=True)
+    trainer = Trainer(unet, config, Accelerator(cpu=True), ema=average)
+
+    def training():
+        for step in range(steps):
+            x = draw(batch)
+            t = torch.randint(schedule.T, (batch,))
+            eps = torch.randn_like(x)
+            loss = F.mse_loss(unet(schedule.add_noise(x, t, eps), t), eps)
+            trainer.backward(loss)
+            trainer.update(step)
+            yield loss.item()
+
+    return average.module, training()
+
+
+# The chapter shows this definition; tests/test_experiments.py compares them.
+def clipped(guess):
+    """A prediction of the noise that leads to pixels in [-1, 1]."""
+
+    def guess_clipped(x_t, t):
+        alpha_bar = schedule.alpha_bars[int(t[0])].item()
+        x_0_hat = predict_z0(x_t, guess(x_t, t), alpha_bar).clamp(-1, 1)
+        return (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5
+
+    return guess_clipped
+
+
+@common.experiment(
+    "02/film", steps=3000, batch=32, rate=4e-3, at=[999, 700, 500, 400, 300, 200, 150, 100, 50, 0]
+)
+def film(steps, batch, rate, at):
+    """Images of one object: eight samples at several t, then 16 clipped and 16 not clipped."""
+    unet, training = long_training(steps, batch, rate)
+    losses = []
+    for loss in training:
+        losses.append(loss)
+        if len(losses) % 100 == 0:
+            print(len(losses), sum(losses[-100:]) / 100, flush=True)
+    start = torch.randn(16, 3, 32, 32)
+    tiles, ends = [], []
+    with torch.no_grad():
+        for guess in (clipped(unet), unet):
+            generator = torch.Generator().manual_seed(1)
+            for t, x, _ in ddpm_sample(guess, schedule, start, generator=generator):
+                if guess is not unet and t in at:
+                    tiles.append(x[:8])
+            ends.append(x)
+    numbers = {
+        "losses_of_50_steps": common.means(losses, 50),
+        "mean_of_each": [[common.short(v) for v in x.mean(dim=(1, 2, 3)).tolist()] for x in ends],
+    }
+    return numbers, torch.cat([*tiles, *ends]).clamp(-1, 1)
+
+
+@common.beginning("02/film")
+def first_fifty_steps_of_the_film(record):
+    _, training = long_training(record["steps"], record["batch"], record["rate"])
     return [common.first_mean(training, 50)], record["losses_of_50_steps"][:1]
 
 

@@ -75,3 +75,13 @@ EXERCISES["2.4"] = Exercise(
         "the step before": from_zero,
     },
 )
+
+EXERCISES["2.5"] = Exercise(
+    reference="CAB",
+    mistakes={
+        "right for mistake 1; a network that only knows t = 500 is wrong at every other t": "CBA",
+    },
+    otherwise="section 2.7 shows what the missing fresh noise does; which of the other two still "
+    "has two heaps near the right places?",
+    also_wrong={"section 2.7": ["ABC", "BAC"]},
+)
