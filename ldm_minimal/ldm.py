@@ -221,7 +221,7 @@ def _from_json(kind: type, values: dict) -> object:
     return kind(**as_tuples)  # JSON has no tuples
 
 
-# Trains in less than half an hour on two CPU cores. Millions of parameters: text 0.30, image 0.11,
+# Trains in less than an hour on two CPU cores. Millions of parameters: text 0.30, image 0.11,
 # autoencoder 0.68, U-Net 1.74.
 SHAPES = Config(
     name="shapes",
@@ -1479,8 +1479,8 @@ def ddim_step(
         sigma = eta sqrt((1 - a') / (1 - a)) sqrt(1 - a / a')
 
     where a and a' are alpha_bar and alpha_bar_prev, of z_t and of the result (the paper's
-    alpha). eta: 0 is deterministic;
-    1 with all T steps is DDPM. noise: like z_t; it is needed where sigma is not 0.
+    alpha). eta: 0 is deterministic; 1 with all T steps is DDPM. noise: like z_t; it is needed
+    where sigma is not 0.
     """
     sigma = _ddim_sigma(alpha_bar, alpha_bar_prev, eta)
     z0_hat = predict_z0(z_t, eps_hat, alpha_bar)
@@ -1763,9 +1763,9 @@ class EMA:
 class Muon(torch.optim.Optimizer):
     """Steps in which every direction of a weight matrix learns equally fast (Jordan et al. 2024).
 
-        M = momentum M + (1 - momentum) gradient
-        N = momentum M + (1 - momentum) gradient = U S V^T   (Nesterov momentum, and its SVD)
-        W = (1 - lr weight_decay) W - lr 0.2 sqrt(max(rows, columns)) U V^T
+        M <- momentum M + (1 - momentum) gradient
+        N  = momentum M + (1 - momentum) gradient = U S V^T   (Nesterov: with the new M; its SVD)
+        W <- (1 - lr weight_decay) W - lr 0.2 sqrt(max(rows, columns)) U V^T
 
     U V^T is N with all its singular values S set to 1: what shows only in small gradients is
     learned as fast as what shows in large ones. 0.2 sqrt(...) makes a step as large as AdamW's,

@@ -42,94 +42,118 @@ def latent_image(z: Tensor, limit: float = 3.0) -> Tensor:
     return image
 
 
+class _Map:
+    """The drawing of `pipeline`, part by part; what is not in `lit` is faint."""
+
+    def __init__(self, lit: set[str]):
+        found = result("00/map")
+        self.images = found["pictures"]  # an image, the same restored, and one drawn
+        self.latents = {}
+        for name, values in found["latents"].items():
+            self.latents[name] = latent_image(torch.tensor(values).view(4, 8, 8))
+        self.lit = lit
+        self.drawing = Drawing(864, 560)
+
+    def faint(self, part: str) -> bool:
+        return part not in self.lit
+
+    def badge(self, x: float, y: float, number: int, part: str) -> None:
+        self.drawing.circle(x, y, 11, str(number), "badge", faint=self.faint(part))
+
+    def squeeze(self) -> None:
+        """Stage 1: an image, squeezed and restored."""
+        drawing, faint, badge = self.drawing, self.faint, self.badge
+        latents = self.latents
+        x, x_hat, _ = self.images
+        y = 90
+        part = "autoencoder"
+        drawing.words(20, 22, "Stage 1: squeeze and restore", anchor="start", kind="bold")
+        for x_position, image, name in ((60, x, "image x"), (640, x_hat, "restored x̂")):
+            drawing.image(x_position, y, 72, image, faint=faint(part))
+            drawing.words(x_position, y + 50, name, faint=faint(part))
+        drawing.image(350, y, 72, latents["z"], faint=faint(part) and faint("scale"))
+        drawing.words(350, y + 50, "latent z", faint=faint(part) and faint("scale"))
+        drawing.box(205, y, 110, 56, "encoder E", "network", faint=faint(part))
+        drawing.box(495, y, 110, 56, "decoder D", "network", faint=faint(part))
+        drawing.box(775, y, 140, 84, "L_1\nperceptual\nadversarial\nKL", "loss", faint=faint(part))
+        for start, end in ((98, 148), (262, 312), (388, 438), (552, 602), (678, 703)):
+            drawing.arrow([(start, y), (end, y)], faint=faint(part))
+        badge(205, y - 42, 3, part)
+
+    def predict_noise(self) -> None:
+        """Stage 2: the U-Net learns to predict the noise."""
+        drawing, faint, badge = self.drawing, self.faint, self.badge
+        latents = self.latents
+        y = 265
+        drawing.words(20, 188, "Stage 2: learn to predict the noise", anchor="start", kind="bold")
+        drawing.arrow([(350, 148), (350, 170), (420, 170)], head=False, faint=faint("scale"))
+        drawing.arrow([(420, 170), (420, 205), (60, 205), (60, y - 40)], faint=faint("scale"))
+        drawing.words(432, 170, "times the scale factor", anchor="start", faint=faint("scale"))
+        badge(608, 170, 4, "scale")
+        drawing.image(60, y, 72, latents["z"], faint=faint("noise") and faint("scale"))
+        drawing.words(60, y + 50, "latent z", faint=faint("noise") and faint("scale"))
+        drawing.words(115, y, "+", faint=faint("noise"))
+        drawing.image(170, y, 72, latents["eps"], faint=faint("noise"))
+        drawing.words(170, y + 50, "noise ε", faint=faint("noise"))
+        drawing.arrow([(208, y), (258, y)], faint=faint("noise"))
+        badge(233, y - 22, 1, "noise")
+        drawing.image(296, y, 72, latents["z_t"], faint=faint("noise"))
+        drawing.words(296, y + 50, "noised z_t", faint=faint("noise"))
+        drawing.arrow([(334, y), (432, y)], faint=faint("unet"))
+        drawing.box(495, y, 120, 56, "U-Net", "network", faint=faint("unet"))
+        badge(495, y - 42, 2, "unet")
+        drawing.arrow([(556, y), (602, y)], faint=faint("unet"))
+        drawing.image(640, y, 72, latents["eps_hat"], faint=faint("unet"))
+        drawing.words(640, y + 50, "prediction ε̂", faint=faint("unet"))
+        drawing.arrow([(678, y), (703, y)], faint=faint("loss"))
+        drawing.box(775, y, 140, 56, "||ε - ε̂||^2", "loss", faint=faint("loss"))
+
+    def read_caption(self) -> None:
+        """The caption reaches the U-Net in training and in drawing."""
+        drawing, faint, badge = self.drawing, self.faint, self.badge
+        drawing.box(310, 362, 190, 40, "caption or prompt y", "data", faint=faint("text"))
+        drawing.arrow([(406, 362), (432, 362)], faint=faint("text"))
+        drawing.box(495, 362, 120, 40, "text encoder", "text", faint=faint("text"))
+        drawing.arrow([(495, 341), (495, 295)], faint=faint("text"))
+        drawing.arrow([(495, 383), (495, 441)], faint=faint("text"))
+        drawing.words(482, 318, "cross-attention", anchor="end", faint=faint("text"))
+        badge(516, 318, 5, "text")
+        drawing.words(516, 412, "guidance", anchor="start", faint=faint("guidance"))
+        badge(600, 412, 6, "guidance")
+
+    def draw(self) -> None:
+        """From pure noise to an image."""
+        drawing, faint, badge = self.drawing, self.faint, self.badge
+        latents = self.latents
+        y = 470
+        drawing.words(20, 402, "Draw", anchor="start", kind="bold")
+        parts = {"sampler", "draw"} & self.lit
+        drawing.image(60, y, 72, latents["z_T"], faint=not parts)
+        drawing.words(60, y + 50, "pure noise z_T", faint=not parts)
+        drawing.arrow([(98, y), (432, y)], faint=faint("sampler"))
+        drawing.box(495, y, 120, 56, "U-Net,\n50 times", "network", faint=faint("sampler"))
+        drawing.arrow([(495, 499), (495, 530), (330, 530), (330, y + 4)], faint=faint("sampler"))
+        drawing.words(318, 512, "DDIM step", anchor="end", faint=faint("sampler"))
+        badge(225, 512, 7, "sampler")
+        drawing.arrow([(556, y), (592, y)], faint=faint("sampler"))
+        drawing.image(630, y, 72, latents["z_0"], faint=not parts)
+        drawing.words(630, y + 50, "latent z_0", faint=not parts)
+        drawing.arrow([(668, y), (690, y)], faint=faint("draw"))
+        drawing.box(727, y, 72, 56, "D,\nonce", "network", faint=faint("draw"))
+        drawing.arrow([(764, y), (782, y)], faint=faint("draw"))
+        drawing.image(821, y, 72, self.images[2], faint=faint("draw"))
+        drawing.words(821, y + 50, "image", faint=faint("draw"))
+
+
 def pipeline(chapter: int = 0) -> None:
     """The map of latent diffusion: two trainings, and drawing. `chapter`'s part is lit."""
-    found = result("00/map")
-    x, x_hat, drawn = found["pictures"]
-    latents = {}
-    for name, values in found["latents"].items():
-        latents[name] = latent_image(torch.tensor(values).view(4, 8, 8))
     lit = LIT[chapter]
-    drawing = Drawing(864, 560)
-
-    def faint(part: str) -> bool:
-        return part not in lit
-
-    def badge(x: float, y: float, number: int, part: str) -> None:
-        drawing.circle(x, y, 11, str(number), "badge", faint=faint(part))
-
-    # Stage 1: an image, squeezed and restored.
-    y = 90
-    part = "autoencoder"
-    drawing.words(20, 22, "Stage 1: squeeze and restore", anchor="start", kind="bold")
-    for x_position, image, name in ((60, x, "image x"), (640, x_hat, "restored x̂")):
-        drawing.image(x_position, y, 72, image, faint=faint(part))
-        drawing.words(x_position, y + 50, name, faint=faint(part))
-    drawing.image(350, y, 72, latents["z"], faint=faint(part) and faint("scale"))
-    drawing.words(350, y + 50, "latent z", faint=faint(part) and faint("scale"))
-    drawing.box(205, y, 110, 56, "encoder E", "network", faint=faint(part))
-    drawing.box(495, y, 110, 56, "decoder D", "network", faint=faint(part))
-    drawing.box(775, y, 140, 84, "L_1\nperceptual\nadversarial\nKL", "loss", faint=faint(part))
-    for start, end in ((98, 148), (262, 312), (388, 438), (552, 602), (678, 703)):
-        drawing.arrow([(start, y), (end, y)], faint=faint(part))
-    badge(205, y - 42, 3, part)
-
-    # Stage 2: the U-Net learns to predict the noise.
-    y = 265
-    drawing.words(20, 188, "Stage 2: learn to predict the noise", anchor="start", kind="bold")
-    drawing.arrow([(350, 148), (350, 170), (420, 170)], head=False, faint=faint("scale"))
-    drawing.arrow([(420, 170), (420, 205), (60, 205), (60, y - 40)], faint=faint("scale"))
-    drawing.words(432, 170, "times the scale factor", anchor="start", faint=faint("scale"))
-    badge(608, 170, 4, "scale")
-    drawing.image(60, y, 72, latents["z"], faint=faint("noise") and faint("scale"))
-    drawing.words(60, y + 50, "latent z", faint=faint("noise") and faint("scale"))
-    drawing.words(115, y, "+", faint=faint("noise"))
-    drawing.image(170, y, 72, latents["eps"], faint=faint("noise"))
-    drawing.words(170, y + 50, "noise ε", faint=faint("noise"))
-    drawing.arrow([(208, y), (258, y)], faint=faint("noise"))
-    badge(233, y - 22, 1, "noise")
-    drawing.image(296, y, 72, latents["z_t"], faint=faint("noise"))
-    drawing.words(296, y + 50, "noised z_t", faint=faint("noise"))
-    drawing.arrow([(334, y), (432, y)], faint=faint("unet"))
-    drawing.box(495, y, 120, 56, "U-Net", "network", faint=faint("unet"))
-    badge(495, y - 42, 2, "unet")
-    drawing.arrow([(556, y), (602, y)], faint=faint("unet"))
-    drawing.image(640, y, 72, latents["eps_hat"], faint=faint("unet"))
-    drawing.words(640, y + 50, "prediction ε̂", faint=faint("unet"))
-    drawing.arrow([(678, y), (703, y)], faint=faint("loss"))
-    drawing.box(775, y, 140, 56, "||ε - ε̂||^2", "loss", faint=faint("loss"))
-
-    # The caption reaches the U-Net in training and in drawing.
-    drawing.box(310, 362, 190, 40, "caption or prompt y", "data", faint=faint("text"))
-    drawing.arrow([(406, 362), (432, 362)], faint=faint("text"))
-    drawing.box(495, 362, 120, 40, "text encoder", "text", faint=faint("text"))
-    drawing.arrow([(495, 341), (495, 295)], faint=faint("text"))
-    drawing.arrow([(495, 383), (495, 441)], faint=faint("text"))
-    drawing.words(482, 318, "cross-attention", anchor="end", faint=faint("text"))
-    badge(516, 318, 5, "text")
-    drawing.words(516, 412, "guidance", anchor="start", faint=faint("guidance"))
-    badge(600, 412, 6, "guidance")
-
-    # Drawing: from pure noise to an image.
-    y = 470
-    drawing.words(20, 402, "Draw", anchor="start", kind="bold")
-    parts = {"sampler", "draw"} & lit
-    drawing.image(60, y, 72, latents["z_T"], faint=not parts)
-    drawing.words(60, y + 50, "pure noise z_T", faint=not parts)
-    drawing.arrow([(98, y), (432, y)], faint=faint("sampler"))
-    drawing.box(495, y, 120, 56, "U-Net,\n50 times", "network", faint=faint("sampler"))
-    drawing.arrow([(495, 499), (495, 530), (330, 530), (330, y + 4)], faint=faint("sampler"))
-    drawing.words(318, 512, "DDIM step", anchor="end", faint=faint("sampler"))
-    badge(225, 512, 7, "sampler")
-    drawing.arrow([(556, y), (592, y)], faint=faint("sampler"))
-    drawing.image(630, y, 72, latents["z_0"], faint=not parts)
-    drawing.words(630, y + 50, "latent z_0", faint=not parts)
-    drawing.arrow([(668, y), (690, y)], faint=faint("draw"))
-    drawing.box(727, y, 72, 56, "D,\nonce", "network", faint=faint("draw"))
-    drawing.arrow([(764, y), (782, y)], faint=faint("draw"))
-    drawing.image(821, y, 72, drawn, faint=faint("draw"))
-    drawing.words(821, y + 50, "image", faint=faint("draw"))
-    drawing.show(
+    parts = _Map(lit)
+    parts.squeeze()
+    parts.predict_noise()
+    parts.read_caption()
+    parts.draw()
+    parts.drawing.show(
         "Map of latent diffusion in three rows. Stage 1: an image passes the encoder, becomes a "
         "small latent, and the decoder restores it; four losses compare. Stage 2: the scaled "
         "latent plus noise passes the U-Net, which predicts the noise; the text encoder tells it "
@@ -298,7 +322,7 @@ def autoencoder() -> None:
     drawing.arrow([(130, 254), (130, low - 34)])
     drawing.show(
         "The autoencoder. The encoder turns an image of 3 by 32 by 32 numbers into a mean and a "
-        "log-variance, from which a latent of 4 by 8 by 8 numbers is drawn; the decoder "
+        "variance, from which a latent of 4 by 8 by 8 numbers is drawn; the decoder "
         "restores the image. Four losses: the L1 distance of the pixels, the perceptual "
         "distance of features, the adversarial loss of a discriminator on the restored image, "
         "and the KL divergence that keeps the posterior near a standard Gaussian."

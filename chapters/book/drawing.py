@@ -21,7 +21,6 @@ STYLE = """
 text { font: 15px system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; fill: #1b1f24 }
 .page { fill: #ffffff }
 .bold { font-weight: 700 }
-.soft { fill: #57606a }
 .line { stroke: #1b1f24; stroke-width: 1.6; fill: none }
 .head { fill: #1b1f24 }
 .dashed { stroke-dasharray: 5 4 }
@@ -35,7 +34,6 @@ text { font: 15px system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; fi
 @media (prefers-color-scheme: dark) {
   text { fill: #e6e8eb }
   .page { fill: #16181d }
-  .soft { fill: #a5adb7 }
   .line { stroke: #e6e8eb }
   .head, .badge { fill: #e6e8eb }
   .data { fill: #2a2e36; stroke: #8c959f }
@@ -91,7 +89,7 @@ class Drawing:
         corner: int = 8,
         faint: bool = False,
     ) -> None:
-        """A box around the point (x, y). kind: data, network, text, loss or frame."""
+        """A box around the point (x, y). kind: data, network, text or loss."""
         place = (
             f'x="{x - width / 2:g}" y="{y - height / 2:g}" width="{width:g}" height="{height:g}"'
         )

@@ -138,12 +138,11 @@ def show(
     title: str = "",
     rows: Sequence[str] = (),
     side: float = 1.45,
-    alt: str = "",
 ) -> None:
     """Images in a grid, each with its caption under it.
 
     images: (N, 3, H, W) in [-1, 1], or a list of (3, H, W). rows: a label to the left of each row.
-    side: of an image, in inches at most. alt: by default made of title, rows and captions.
+    side: of an image, in inches at most.
     """
     images = list(images)
     columns = min(columns, len(images))
@@ -168,7 +167,7 @@ def show(
             axis.set_ylabel(rows[i // columns], rotation=0, ha="right", va="center")
     if title:
         figure.suptitle(title, x=0.01, ha="left")
-    figure.set_label(alt or _alt_of_images(title, rows, captions, len(images)))
+    figure.set_label(_alt_of_images(title, rows, captions, len(images)))
     plt.show()
 
 
@@ -204,19 +203,16 @@ def curves(
     title: str,
     axis: plt.Axes | None = None,
     bands: dict[str, tuple] | None = None,
-    alt: str = "",
     **settings,
 ) -> None:
     """One line for each {name: (xs, ys)}, with a legend where there are several.
 
-    bands: {name: (xs, lows, highs)}, shaded. alt: by default made of title, axes and names.
-    settings: of the axes, such as yscale="log". Draws into `axis` and leaves showing it to the
-    caller; without one, shows a figure of its own.
+    bands: {name: (xs, lows, highs)}, shaded. settings: of the axes, such as yscale="log". Draws
+    into `axis` and leaves showing it to the caller; without one, shows a figure of its own.
     """
     own_figure = axis is None
     if own_figure:
-        figure, axis = plt.subplots()
-        figure.set_label(alt)
+        _, axis = plt.subplots()
     for name, (xs, ys) in series.items():
         (line,) = axis.plot(xs, ys, label=name, marker="o" if len(xs) <= FEW else None)
         if bands and name in bands:
