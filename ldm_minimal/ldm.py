@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -270,12 +271,15 @@ EMOJI = Config(  # for a GPU
         context_width=192,
         num_groups=8,
     ),
-    clip_training=TrainConfig(steps=1500, batch_size=512, learning_rate=1e-3),
-    autoencoder_training=TrainConfig(steps=4000, batch_size=64, learning_rate=1e-3),
-    denoiser_training=TrainConfig(steps=8000, batch_size=256, learning_rate=2e-3),
+    clip_training=TrainConfig(steps=400, batch_size=512, learning_rate=2e-3, muon=True),
+    clip_text_lr=1.0,
+    autoencoder_training=TrainConfig(steps=2400, batch_size=64, learning_rate=2e-3, muon=True),
+    denoiser_training=TrainConfig(steps=4500, batch_size=256, learning_rate=6e-3, muon=True),
     perceptual_weight=0.1,
     adversarial_weight=0.25,
-    adversarial_start=2000,
+    adversarial_start=1000,
+    discriminator_head_start=400,
+    snr_clip=5.0,
 )
 
 SD1 = Config(  # Stable Diffusion 1.x; loaded by stable_diffusion.py, not trained here
@@ -332,6 +336,7 @@ class NoiseSchedule:
         self.T = T
         self.betas = betas
         self.alpha_bars = torch.cumprod(1 - betas, dim=0)
+        self._shares = {}  # of signal and noise, for each device and dtype
 
     def add_noise(self, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps. DDPM eq. 4: t + 1 steps at once.
@@ -339,9 +344,15 @@ class NoiseSchedule:
         z, eps: (B, ...). t: (B,) long in 0 ... T-1. Returns z_t, like z.
         """
         per_image = (-1,) + (1,) * (z.ndim - 1)  # (B, 1, 1, 1)
-        signal = self.alpha_bars.sqrt().to(z.dtype).to(z.device, non_blocking=True)
-        noise = (1 - self.alpha_bars).sqrt().to(z.dtype).to(z.device, non_blocking=True)
+        signal, noise = self._signal_and_noise(z.device, z.dtype)
         return signal[t].view(per_image) * z + noise[t].view(per_image) * eps
+
+    def _signal_and_noise(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of all t, (2, T), copied to a device once."""
+        if (device, dtype) not in self._shares:
+            shares = torch.stack([self.alpha_bars.sqrt(), (1 - self.alpha_bars).sqrt()])
+            self._shares[device, dtype] = shares.to(device, dtype)
+        return self._shares[device, dtype]
 
     def snr(self) -> Tensor:
         """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) of unit-variance data. (T,) float64."""
@@ -1789,25 +1800,27 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            momentum = group["momentum"]
+            momentum, lr = group["momentum"], group["lr"]
             by_shape = {}  # matrices of one shape become orthogonal together
             for weight in group["params"]:
                 if weight.grad is not None:
-                    state = self.state[weight]
-                    if not state:
-                        state["average"] = torch.zeros_like(weight)
-                    average = state["average"]
-                    average.lerp_(weight.grad, 1 - momentum)
-                    update = weight.grad.lerp(average, momentum)
-                    update = update.flatten(1)  # (rows, columns)
-                    by_shape.setdefault(update.shape, []).append((weight, update))
-            for shape, pairs in by_shape.items():
-                weights, updates = zip(*pairs, strict=True)
-                directions = _orthogonal(torch.stack(updates))
-                rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                for weight, direction in zip(weights, directions, strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.sub_(direction.view(weight.shape), alpha=rate)
+                    by_shape.setdefault(weight.shape, []).append(weight)
+            for weights in by_shape.values():
+                gradients = [weight.grad for weight in weights]
+                averages = [self._average(weight) for weight in weights]
+                torch._foreach_lerp_(averages, gradients, 1 - momentum)
+                updates = torch._foreach_lerp(gradients, averages, momentum)
+                matrices = torch.stack(updates).flatten(2)  # (N, rows, columns)
+                directions = _orthogonal(matrices).view(-1, *weights[0].shape)
+                rate = lr * 0.2 * max(matrices.shape[1:]) ** 0.5
+                torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(weights, list(directions), alpha=-rate)
+
+    def _average(self, weight: Tensor) -> Tensor:
+        state = self.state[weight]
+        if not state:
+            state["average"] = torch.zeros_like(weight)
+        return state["average"]
 
 
 def _orthogonal(matrices: Tensor) -> Tensor:
@@ -1834,7 +1847,12 @@ class Trainer:
     with `config.muon`, Muon for the weights of linear layers and convolutions, and AdamW for the
     rest: embeddings, norms, biases. part: a part of the module that learns at `part_lr` times the
     rate. ema: an average that follows each step.
+
+    On one GPU, what `recorded` wraps is launched as a CUDA graph; `Trainer.records = False`
+    launches kernel by kernel.
     """
+
+    records = True
 
     def __init__(
         self,
@@ -1871,6 +1889,7 @@ class Trainer:
         self.ema = ema
         if ema is not None:
             accelerator.prepare_model(ema.module, evaluation_mode=True)  # saved with the rest
+        self.records = self.records and _on_one_gpu(accelerator)
 
     def micro_batches(self, *batch: Tensor) -> Iterator[list[Tensor]]:
         """This process's share of a global batch, in `grad_accum_steps` parts, on its device."""
@@ -1892,6 +1911,16 @@ class Trainer:
         """Add the gradient of a micro-batch's mean loss; all micro-batches count equally."""
         self.accelerator.backward(loss)
 
+    def recorded(
+        self, compute: Callable[..., dict[str, Tensor]]
+    ) -> Callable[..., dict[str, Tensor]]:
+        """`compute`, launched on one GPU as a single CUDA graph. Elsewhere `compute` itself.
+
+        compute: the tensors of a micro-batch -> named tensors; it calls `backward`, and must
+        neither wait for the GPU nor draw random numbers.
+        """
+        return _Recorded(compute, self.module) if self.records else compute
+
     def update(self, step: int) -> None:
         """The optimizer's step, then the average."""
         for optimizer in self.optimizers:
@@ -1900,7 +1929,7 @@ class Trainer:
         self.accelerator.clip_grad_norm_(self.module.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not self.records)  # a graph adds to these very tensors
         if self.ema is not None:
             self.ema.update(self.module, step)
 
@@ -1910,6 +1939,45 @@ class Trainer:
         self.module.eval()
         if self.ema is not None:
             self.accelerator.unwrap_model(self.ema.module, keep_fp32_wrapper=False)
+
+
+def _on_one_gpu(accelerator: Accelerator) -> bool:
+    return accelerator.device.type == "cuda" and accelerator.num_processes == 1
+
+
+class _Recorded:
+    """A function whose kernels are recorded in the first call and launched as one from then on.
+
+    A training step is some thousand small kernels. To launch them one by one from Python takes
+    longer than the GPU needs to run them.
+    """
+
+    def __init__(self, compute: Callable[..., dict[str, Tensor]], module: nn.Module):
+        self.compute = compute
+        self.module = module
+        self.graph = None
+
+    def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
+        if self.graph is None:
+            self._record(batch)
+        torch._foreach_copy_(self.inputs, list(batch))
+        self.graph.replay()
+        return {name: value.clone() for name, value in self.outputs.items()}
+
+    def _record(self, batch: tuple[Tensor, ...]) -> None:
+        """Run it three times, on a stream of its own, then record it; the gradients stay zero."""
+        self.inputs = [values.clone() for values in batch]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # kernels are chosen, compiled and given their memory
+                self.compute(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        torch._foreach_zero_(gradients)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.compute(*self.inputs)
 
 
 def save_state(accelerator: Accelerator, folder: str | os.PathLike, step: int) -> None:
@@ -1989,6 +2057,16 @@ def train_clip(
             f"batch_size is {config.batch_size}; allowed is up to {pairs.numel()}, the images that "
             "lie in pairs"
         )
+
+    @trainer.recorded
+    def compute(rows: Tensor) -> dict[str, Tensor]:
+        image_features, text_features, scale = trainer.net(data.batch(rows), tokens[rows])
+        image_features = _gather_with_gradient(image_features, accelerator)
+        text_features = _gather_with_gradient(text_features, accelerator)
+        loss = clip_loss(image_features, text_features, scale)
+        trainer.backward(loss)
+        return {"clip": loss.detach()}
+
     for step in _steps(config, accelerator, resume_from):
         generator = _step_generator(seed, "clip", step)
         if pairs is None:
@@ -1996,14 +2074,9 @@ def train_clip(
         else:
             chosen = pairs[torch.randperm(len(pairs), generator=generator)].flatten()
         chosen = chosen[: config.batch_size]
-        for (rows,) in trainer.micro_batches(chosen):
-            image_features, text_features, scale = trainer.net(data.batch(rows), tokens[rows])
-            image_features = _gather_with_gradient(image_features, accelerator)
-            text_features = _gather_with_gradient(text_features, accelerator)
-            loss = clip_loss(image_features, text_features, scale)
-            trainer.backward(loss)
+        losses = [compute(rows) for (rows,) in trainer.micro_batches(chosen)]
         trainer.update(step)
-        yield step + 1, {"clip": loss.detach()}
+        yield step + 1, _mean_losses(losses)
     trainer.finish()
 
 
@@ -2055,35 +2128,45 @@ def train_autoencoder(
     last_layer = model.autoencoder.last_layer
     weights = model.config.autoencoder_weights()
     side = model.config.image_size // model.autoencoder.f
+    latent_shape = (model.autoencoder.latent_channels, side, side)
     joins_at = model.config.adversarial_start
     heard_at = joins_at + model.config.discriminator_head_start
+
+    def restore(judge: nn.Module | None, rows: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        x = data.batch(rows)
+        x_hat, posterior = trainer.net(x, eps)
+        with accelerator.autocast():
+            loss, terms = autoencoder_loss(
+                x, x_hat, posterior, perceptual, judge, last_layer, **weights
+            )
+        trainer.backward(loss)
+        return terms | {"pair": torch.cat([x, x_hat.detach()])}
+
+    @discriminator_trainer.recorded
+    def tell_apart(pair: Tensor) -> dict[str, Tensor]:
+        real, restored = discriminator_trainer.net(pair).chunk(2)
+        loss = discriminator_loss(real, restored)
+        discriminator_trainer.backward(loss)
+        return {"discriminator": loss.detach()}
+
+    restore_unheard = trainer.recorded(functools.partial(restore, None))
+    restore_heard = trainer.recorded(functools.partial(restore, discriminator))
     for step in _steps(config, accelerator, resume_from):
-        joined = step >= joins_at
-        heard = step >= heard_at
+        compute = restore_heard if step >= heard_at else restore_unheard
         generator = _step_generator(seed, "autoencoder", step)
         chosen = torch.randperm(len(data), generator=generator)[: config.batch_size]
-        noise = torch.randn(
-            config.batch_size, model.autoencoder.latent_channels, side, side, generator=generator
-        )
+        noise = torch.randn(config.batch_size, *latent_shape, generator=generator)
         # Frozen: the autoencoder's step must leave nothing in the discriminator's gradients.
         discriminator.requires_grad_(False)
-        losses, pairs = [], []
-        for rows, eps in trainer.micro_batches(chosen, noise):
-            x = data.batch(rows)
-            x_hat, posterior = trainer.net(x, eps)
-            with accelerator.autocast():
-                active = discriminator if heard else None
-                loss, terms = autoencoder_loss(
-                    x, x_hat, posterior, perceptual, active, last_layer, **weights
-                )
-            trainer.backward(loss)
-            losses.append(terms)
-            pairs.append(torch.cat([x, x_hat.detach()]))
+        losses = [compute(rows, eps) for rows, eps in trainer.micro_batches(chosen, noise)]
         trainer.update(step)
-        if joined:
-            judged = _discriminator_step(discriminator_trainer, pairs, step)
-            for terms, loss in zip(losses, judged, strict=True):
-                terms["discriminator"] = loss
+        pairs = [terms.pop("pair") for terms in losses]
+        if step >= joins_at:
+            discriminator.requires_grad_(True)
+            for terms, pair in zip(losses, pairs, strict=True):
+                with accelerator.accumulate(discriminator_trainer.net):
+                    terms |= tell_apart(pair)
+            discriminator_trainer.update(step)
         yield step + 1, _mean_losses(losses)
     trainer.finish()
     discriminator_trainer.finish()
@@ -2101,20 +2184,6 @@ def _discriminator_trainer(
         muon=False,
     )
     return Trainer(discriminator, recipe, accelerator)
-
-
-def _discriminator_step(trainer: Trainer, pairs: list[Tensor], step: int) -> list[Tensor]:
-    """One step; pairs: [x, x_hat] of each micro-batch, (2 B, 3, H, W). Returns their losses."""
-    trainer.module.requires_grad_(True)
-    losses = []
-    for pair in pairs:
-        with trainer.accelerator.accumulate(trainer.net):
-            real, restored = trainer.net(pair).chunk(2)
-            loss = discriminator_loss(real, restored)
-            trainer.backward(loss)
-        losses.append(loss)
-    trainer.update(step)
-    return losses
 
 
 @torch.no_grad()
@@ -2170,21 +2239,23 @@ def train_denoiser(
     latent_shape = (config.batch_size, model.autoencoder.latent_channels, *moments.shape[2:])
     ema = ema or EMA(model.unet)
     trainer = Trainer(model.unet, config, accelerator, ema=ema)
+
+    @trainer.recorded
+    def compute(rows: Tensor, t: Tensor, drop: Tensor, eps_posterior: Tensor, eps: Tensor) -> dict:
+        z = model.scale_factor * Gaussian(moments[rows]).sample(eps_posterior)
+        context = torch.where(drop[:, None, None], empty, contexts[rows].float())
+        loss = denoising_loss(trainer.net, model.schedule, z, t, context, eps)  # (B,)
+        trainer.backward((weights[t] * loss).mean())
+        return {"mse": loss.mean().detach()}
+
     for step in _steps(config, accelerator, resume_from):
         generator = _step_generator(seed, "denoiser", step)
         chosen = torch.randperm(len(data), generator=generator)[: config.batch_size]
         times = torch.randint(model.schedule.T, (config.batch_size,), generator=generator)
         dropped = torch.rand(config.batch_size, generator=generator) < caption_dropout
         noises = torch.randn(2, *latent_shape, generator=generator)  # of the posterior, of z_t
-        losses = []
-        for rows, t, drop, eps_posterior, eps in trainer.micro_batches(
-            chosen, times, dropped, *noises
-        ):
-            z = model.scale_factor * Gaussian(moments[rows]).sample(eps_posterior)
-            context = torch.where(drop[:, None, None], empty, contexts[rows].float())
-            loss = denoising_loss(trainer.net, model.schedule, z, t, context, eps)  # (B,)
-            trainer.backward((weights[t] * loss).mean())
-            losses.append({"mse": loss.mean()})
+        parts = trainer.micro_batches(chosen, times, dropped, *noises)
+        losses = [compute(*part) for part in parts]
         trainer.update(step)
         yield step + 1, _mean_losses(losses)
     trainer.finish()

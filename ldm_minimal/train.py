@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import importlib.util
 import json
 import math
 import pathlib
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .cli import add_seed, number
@@ -105,8 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--compile",
-        action="store_true",
-        help="torch.compile the networks' blocks: slower at first, then faster on a GPU",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the networks' blocks: a minute or two at first, then faster on a GPU "
+        "(default: on a GPU, for size emoji)",
     )
     parser.add_argument(
         "--save-every",
@@ -125,6 +127,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """The command. Raises ValueError or OSError for what is wrong with its options."""
     config = config_from(args)
+    if args.compile is None:
+        args.compile = args.size == "emoji" and torch.cuda.is_available() and has_triton()
     if args.perceptual == "lpips":
         load_lpips()  # raises now rather than after two stages
     out = pathlib.Path(args.out or f"runs/{args.size}")
@@ -188,6 +192,11 @@ def config_from(args: argparse.Namespace) -> Config:
         discriminator_head_start=round(config.discriminator_head_start * share),
         **recipes,
     )
+
+
+def has_triton() -> bool:
+    """Is torch's compiler for GPUs installed? (It is not on Windows.)"""
+    return importlib.util.find_spec("triton") is not None
 
 
 def mixed_precision(choice: str) -> str:
@@ -397,22 +406,26 @@ def train_stage(
         clip = CLIP.build(model.config.text, model.config.image)
         clip.tokenizer = model.tokenizer
         options["seed"] = args.seed + 1_000_003
-    if args.compile:
-        compile_blocks(model)
-        compile_blocks(clip)
     if stage in ("clip", "evaluator"):
+        trained = clip
         recipe = model.config.clip_training
         options["text_lr"] = model.config.clip_text_lr
         training = train_clip(clip, data, recipe, **options)
     elif stage == "autoencoder":
+        trained = nn.ModuleList([model.autoencoder, model.image_encoder])  # and the loss's features
         recipe = model.config.autoencoder_training
         if args.perceptual == "lpips":
             options["perceptual"] = load_lpips(model.device)
         training = train_autoencoder(model, data, recipe, **options)
     else:
+        trained = model.unet
         recipe = model.config.denoiser_training
         training = train_denoiser(model, data, recipe, **options)
+    if args.compile:
+        compile_blocks(trained)
     drive(record, training, recipe.steps, args.save_every)
+    for part in trained.modules():  # what follows has other shapes; each would be compiled again
+        part._compiled_call_impl = None
     if stage == "autoencoder":
         measure_scale_factor(model, data, args.seed)
     if record.accelerator.is_main_process:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+import graphs
 from conftest import RecordingAccelerator, clip_of, first, tiny_model
 from gradients import first_gradients, run_in_two_processes
 from ldm_minimal import (
@@ -351,6 +352,39 @@ def test_two_processes_have_the_gradients_of_one(folder, data, tmp_path):
         assert gradient.norm() > 1e-3
         for ours in (result["whole"][name], result["in two parts"][name]):
             assert ((ours - gradient).norm() / gradient.norm()).item() <= 1e-5, name
+
+
+# ---- recorded ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, parts", [("clip", 1), *((n, p) for n in ("autoencoder", "denoiser") for p in (1, 2))]
+)
+def test_a_recorded_training_is_the_same_training(name, parts, data, monkeypatch):
+    """A GPU runs a CUDA graph of a step's operators; here a tape of the same operators."""
+    config = TrainConfig(
+        steps=5, batch_size=8, learning_rate=1e-3, warmup_steps=1, grad_accum_steps=parts
+    )
+    curves, weights, tapes = [], [], []
+    for recorded in (False, True):
+        model = tiny_model(data)
+        model.config = dataclasses.replace(
+            model.config, adversarial_start=1, discriminator_head_start=2
+        )
+        torch.manual_seed(0)  # of the discriminator's first weights
+        if recorded:
+            tapes = graphs.pretend(monkeypatch, ldm)
+        curve = []
+        for _, losses in start(name, model, data, config):
+            curve.append({key: loss.item() for key, loss in losses.items()})
+        curves.append(curve)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    # Of the autoencoder: its step without the discriminator, the discriminator's, and with it.
+    assert len(tapes) == (3 if name == "autoencoder" else 1)
+    assert tapes[0].replays == parts * (3 if name == "autoencoder" else 5)
+    for ours, expected in zip(curves[1], curves[0]):
+        assert ours == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
 
 
 # ---- compiled ----------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """How fast the trainings are: images a second, share of the matrix rate, operators dispatched.
 
     python tests/benchmarks/training.py                              # size shapes, on the CPU
-    python tests/benchmarks/training.py --size emoji --device cuda   # bf16, eager and compiled
+    python tests/benchmarks/training.py --size emoji --device cuda   # bf16, three ways
 
 The stages run by the library's own generators, on random images. The denoiser's step takes turns
 with the same step of diffusers' U-Net, eager against eager and compiled against compiled. FLOPs
 are counted over one real step, forward and backward, with attention in its plain form. The matrix
 rate is that of a large product in the same precision. Operators are what PyTorch dispatches in a
-step, each a kernel or more on a GPU.
+step, each a kernel or more on a GPU. On a GPU a step is launched in three ways: kernel by kernel,
+as a CUDA graph, and as a CUDA graph of compiled blocks.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from ldm_minimal import (
     CaptionedImages,
     LatentDiffusion,
     Tokenizer,
+    Trainer,
     UNet,
     compile_blocks,
     train_autoencoder,
@@ -40,6 +42,7 @@ from ldm_minimal import (
 )
 
 TRAININGS = ("clip", "autoencoder", "denoiser")
+WAYS = ("eager", "graph", "compiled graph")
 
 
 class DispatchCounter(TorchDispatchMode):
@@ -101,7 +104,8 @@ def time_stages(config, options, rate):
     count = max(recipe_of(config, training).batch_size for training in TRAININGS)
     data = random_images(count, config.image_size, options.device)
     flops = {}
-    for way in ways(options):
+    for way in options.ways or ways(options, graphs=True):
+        Trainer.records = way != "eager"
         AcceleratorState._reset_state(True)  # else the second Accelerator is the first once more
         accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=precision)
         # With the discriminator from the first step on.
@@ -112,7 +116,7 @@ def time_stages(config, options, rate):
         )
         model.to(accelerator.device)
         model.tokenizer = Tokenizer.train(data.captions, config.text.vocab_size)
-        if way == "compiled":
+        if way.startswith("compiled"):
             compile_blocks(model)
         for training in options.only or TRAININGS:
             recipe = recipe_of(config, training)
@@ -140,7 +144,7 @@ def time_stages(config, options, rate):
             seconds = (now(options.device) - begun) / options.steps
             share = flops[training] * recipe.batch_size / seconds / rate if training in flops else 0
             print(
-                f"{way:9}{training:12} batch {recipe.batch_size:4}: "
+                f"{way:16}{training:12} batch {recipe.batch_size:4}: "
                 f"{1000 * seconds:8.1f} ms a step, "
                 f"{recipe.batch_size / seconds:9.1f} images a second, {share:.0%} of the rate, "
                 f"{dispatched.count} operators, first step {first:.1f} s",
@@ -193,7 +197,9 @@ def compare_denoisers(config, options):
         report(title, *interleaved(steps, options.repeats, device))
 
 
-def ways(options):
+def ways(options, graphs=False):
+    if options.device == "cuda" and graphs:
+        return WAYS
     if options.device == "cuda" or options.compiled:
         return ("eager", "compiled")
     return ("eager",)
@@ -211,6 +217,7 @@ def main():
     parser.add_argument("--batch", type=int, help="of every stage, for a rehearsal")
     parser.add_argument("--steps", type=int, default=10, help="timed, of each stage")
     parser.add_argument("--only", nargs="+", choices=TRAININGS, help="these stages")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="only these")
     parser.add_argument("--no-diffusers", action="store_true", help="without the comparison")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+import graphs
 from conftest import RecordingAccelerator, clip_of, first, randomise, seeded, tiny_model
 from gradients import first_gradients, run_in_two_processes
 from ldm_minimal import (
@@ -22,8 +23,10 @@ from ldm_minimal import (
     Autoencoder,
     TextEncoder,
     TrainConfig,
+    Trainer,
     UNet,
     compile_blocks,
+    ldm,
     save_state,
     train_autoencoder,
     train_clip,
@@ -211,6 +214,49 @@ def test_two_processes_on_one_gpu_have_the_gradients_of_one(device, folder, data
     for name, gradient in expected.items():
         for ours in (result["whole"][name], result["in two parts"][name]):
             assert relative_error(ours, gradient) < 0.01, name
+
+
+# ---- recorded as a CUDA graph ------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """How many CUDA graphs were recorded; a rehearsal records tapes."""
+    if REHEARSE:
+        return graphs.pretend(monkeypatch, ldm)
+    made = []
+    record = ldm._Recorded._record
+
+    def counted(self, batch):
+        record(self, batch)
+        made.append(self.graph)
+
+    monkeypatch.setattr(ldm._Recorded, "_record", counted)
+    return made
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_recorded_training_is_the_same_training(
+    name, parts, precision, data, recorded, monkeypatch
+):
+    config = TrainConfig(
+        steps=6, batch_size=8, learning_rate=1e-3, warmup_steps=1, grad_accum_steps=parts
+    )
+    curves = []
+    for records in (False, True):
+        monkeypatch.setattr(Trainer, "records", records)
+        model = tiny_model(data)
+        model.config = dataclasses.replace(
+            model.config, adversarial_start=1, discriminator_head_start=2
+        )
+        torch.manual_seed(0)  # of the discriminator's first weights
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(mixed_precision=precision)
+        training = start(name, model, data, config, accelerator=accelerator)
+        curves.append([losses[LOSS[name]].item() for _, losses in training])
+    assert len(recorded) == (3 if name == "autoencoder" else 1)
+    assert curves[1] == pytest.approx(curves[0], rel=0.03)
 
 
 # ---- compiled ----------------------------------------------------------------------------------
