@@ -1835,7 +1835,8 @@ def _orthogonal(matrices: Tensor) -> Tensor:
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # all singular values <= 1
     for _ in range(5):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram gram
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
     return x
 
 
