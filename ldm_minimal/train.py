@@ -138,7 +138,8 @@ def run(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():
         folder = data_folder(args.data, config.image_size, args.count, config.name)
     data = read_split(folder, "train", config.image_size).to(accelerator.device)
-    torch.set_float32_matmul_precision("high")  # a GPU's tensor cores, for Muon's products
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # Muon's products on the tensor cores
     check_batch_sizes(config, len(data), accelerator.num_processes)
     settings = {
         "seed": args.seed,
