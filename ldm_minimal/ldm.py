@@ -274,7 +274,7 @@ EMOJI = Config(  # for a GPU
     clip_training=TrainConfig(steps=400, batch_size=512, learning_rate=2e-3, muon=True),
     clip_text_lr=1.0,
     autoencoder_training=TrainConfig(steps=2400, batch_size=64, learning_rate=2e-3, muon=True),
-    denoiser_training=TrainConfig(steps=4500, batch_size=256, learning_rate=6e-3, muon=True),
+    denoiser_training=TrainConfig(steps=3000, batch_size=256, learning_rate=6e-3, muon=True),
     perceptual_weight=0.1,
     adversarial_weight=0.25,
     adversarial_start=1000,

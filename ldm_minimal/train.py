@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import importlib.util
 import json
 import math
 import pathlib
@@ -106,9 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile the networks' blocks: a minute or two at first, then faster on a GPU "
-        "(default: on a GPU, for size emoji)",
+        action="store_true",
+        help="torch.compile the networks' blocks: a minute or more at first, then faster on a GPU; "
+        "for trainings much longer than the recipe's",
     )
     parser.add_argument(
         "--save-every",
@@ -127,8 +126,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """The command. Raises ValueError or OSError for what is wrong with its options."""
     config = config_from(args)
-    if args.compile is None:
-        args.compile = args.size == "emoji" and torch.cuda.is_available() and has_triton()
     if args.perceptual == "lpips":
         load_lpips()  # raises now rather than after two stages
     out = pathlib.Path(args.out or f"runs/{args.size}")
@@ -194,11 +191,6 @@ def config_from(args: argparse.Namespace) -> Config:
         discriminator_head_start=round(config.discriminator_head_start * share),
         **recipes,
     )
-
-
-def has_triton() -> bool:
-    """Is torch's compiler for GPUs installed? (It is not on Windows.)"""
-    return importlib.util.find_spec("triton") is not None
 
 
 def mixed_precision(choice: str) -> str:

@@ -106,3 +106,63 @@ def test_the_figures_of_the_card_are_those_of_its_scores(shipped):
     for figure in [f"{scores['psnr']:.2f}", *(f"{100 * share:.1f} %" for share in shares)]:
         assert figure in card, f"{figure} is in scores.json and not in the card"
     assert f"`checkpoints/{shipped.name}`" in (ROOT / "data/README.md").read_text(encoding="utf-8")
+
+
+# ---- size emoji --------------------------------------------------------------------------------
+
+EMOJI_MODEL = SHIPPED.with_name("emoji")
+UNSEEN_TONES = [
+    ("firefighter", "dark"),
+    ("woman teacher", "medium-light"),
+    ("man juggling", "medium"),
+    ("person walking", "dark"),
+    ("woman surfing", "light"),
+    ("superhero", "medium"),
+]
+
+
+def test_the_emoji_model_reaches_its_targets_and_its_card_says_so():
+    scores = json.loads((EMOJI_MODEL / "scores.json").read_text())
+    card = (EMOJI_MODEL / "README.md").read_text(encoding="utf-8")
+    (drawn,) = scores["guidance"].values()
+    assert scores["psnr"] >= 27
+    assert drawn["retrieval"] >= 0.8
+    assert drawn["frechet"] <= 3 * scores["frechet_floor"]
+    for figure in (
+        f"{scores['psnr']:.2f} dB",
+        f"LPIPS {scores['lpips']:.4f}",
+        f"{100 * drawn['retrieval']:.1f} % | {100 * scores['retrieval_real']:.1f} %",
+        f"{drawn['clip_score']:.2f} | {scores['clip_score_real']:.2f}",
+        f"{drawn['frechet']:.4f} | {scores['frechet_floor']:.4f}",
+    ):
+        assert figure in card, f"{figure} is in scores.json and not in the card"
+
+
+def test_the_emoji_model_comes_in_small_files_with_its_licence_and_its_log():
+    sizes = [path.stat().st_size for path in EMOJI_MODEL.rglob("*") if path.is_file()]
+    assert max(sizes) <= 15e6
+    assert sum(sizes) <= 30e6
+    card = (EMOJI_MODEL / "README.md").read_text(encoding="utf-8")
+    assert "All emojis designed by OpenMoji" in card and "CC BY-SA 4.0" in card
+    config = json.loads((EMOJI_MODEL / "model/config.json").read_text())
+    lines = [line.split(",")[:2] for line in (EMOJI_MODEL / "log.csv").read_text().splitlines()]
+    for training in ("clip", "autoencoder", "denoiser"):
+        assert [training, str(config[f"{training}_training"]["steps"])] in lines
+    assert "`checkpoints/emoji`" in (ROOT / "data/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_emoji_model_draws_what_it_is_told():
+    """Skin tones that training never showed in these roles: the evaluator tells them apart."""
+    prompts = [f"{role}, {tone} skin tone" for role, tone in UNSEEN_TONES]
+    model = LatentDiffusion.load(EMOJI_MODEL / "model")
+    evaluator = CLIP.load(EMOJI_MODEL / "evaluator")
+    generator = torch.Generator().manual_seed(0)
+    x = model.generate(prompts, steps=20, guidance=3.0, generator=generator)
+    with torch.no_grad():
+        likeness = (
+            evaluator.image_features(x) @ evaluator.text_features(evaluator.tokenizer(prompts)).T
+        )
+    found = (likeness.argmax(dim=1) == torch.arange(len(prompts))).sum().item()
+    print(found, "of", len(prompts))
+    assert found >= 5

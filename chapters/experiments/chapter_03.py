@@ -1,21 +1,26 @@
 """Chapter 3: autoencoders that differ in one term of the loss, or in the weight of one."""
 
+import dataclasses
 from functools import partial
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import common
-from book import load_data, load_model, load_recipe
+from book import load_data, load_evaluator, load_model, load_recipe
+from ldm_minimal import NAMED_SIZES as TODAY
 from ldm_minimal import (
     Autoencoder,
     PatchDiscriminator,
     PerceptualLoss,
     autoencoder_loss,
     discriminator_loss,
+    train_autoencoder,
 )
+from ldm_minimal.metrics import load_lpips, prompt_accuracy, psnr
 
-SHAPES = load_recipe()
+SHAPES = load_recipe()  # of version 1; today's is TODAY["shapes"]
 
 
 # The chapter shows this definition; tests/test_experiments.py compares them.
@@ -168,6 +173,84 @@ def kl_weights(steps, weights):
             tiles += [x_hat[:5], net.decode(noise).clamp(-1, 1)]
         print(weight, found[f"{weight:g}"]["psnr"])
     return {"variants": found}, torch.cat(tiles)
+
+
+# ---- today's recipe, with and without the discriminator ----------------------------------------
+
+VARIANTS = {"without": None, "patches of 16 pixels": 1, "patches of 34 pixels": 2}
+
+
+def todays_training(steps, seed, layers):
+    """The model of size shapes with a new autoencoder, and the library's own training of it.
+
+    layers: of the discriminator; None is none.
+    """
+    model = load_model(version=2)
+    recipe = dataclasses.replace(TODAY["shapes"].autoencoder_training, steps=steps)
+    config = dataclasses.replace(TODAY["shapes"], discriminator_layers=layers or 1)
+    if layers is None:
+        config = dataclasses.replace(config, adversarial_start=steps)  # it never joins
+    torch.manual_seed(seed)
+    model.autoencoder = Autoencoder(config.autoencoder)
+    model.config = config
+    data = load_data("train", version=2)
+    return model, train_autoencoder(model, data, recipe, seed=seed, accelerator=Accelerator())
+
+
+def gradient_energy(x):
+    """The mean squared difference of neighbouring pixels: blurring lowers it."""
+    across = (x[..., 1:] - x[..., :-1]).square().mean()
+    down = (x[..., 1:, :] - x[..., :-1, :]).square().mean()
+    return (across + down).item()
+
+
+@torch.no_grad()
+def sharpness_scores(autoencoder):
+    """Scores on 256 test images by measures that no training used, and the images restored."""
+    test = load_data("test", version=2)
+    x = test.batch(slice(0, 256))
+    x_hat, _ = autoencoder(x)
+    x_hat = x_hat.clamp(-1, 1)
+    evaluator = PerceptualLoss(load_evaluator(version=2).image_encoder.features)
+    lpips = load_lpips()
+    return {
+        "psnr": common.short(psnr(x, x_hat).mean().item()),
+        "lpips": common.short(
+            torch.cat([lpips(*p) for p in zip(x[:, None], x_hat[:, None])]).mean().item()
+        ),
+        "evaluator": common.short(evaluator(x, x_hat).mean().item()),
+        "gradient_energy": common.short(gradient_energy(x_hat) / gradient_energy(x)),
+        "legible": prompt_accuracy(x_hat, test.rows[:256])["all"],
+    }, x_hat
+
+
+@common.experiment("03/discriminator", steps=1500, seeds=[0, 1, 2])
+def discriminator_effect(steps, seeds):
+    """The autoencoder of size shapes, by today's recipe, with two discriminators and without."""
+    found = {name: [] for name in VARIANTS}
+    tiles = [load_data("test", version=2).batch(slice(0, 6))]
+    for seed in seeds:
+        for name, layers in VARIANTS.items():
+            model, training = todays_training(steps, seed, layers)
+            history = [terms for _, terms in training]
+            history = [{key: term.item() for key, term in terms.items()} for terms in history]
+            scores, x_hat = sharpness_scores(model.autoencoder.eval())
+            scores["curves"] = {
+                key: curve(history, key) for key in ("l1", "discriminator", "weight")
+            }
+            found[name].append(scores)
+            if seed == seeds[0]:
+                tiles.append(x_hat[:6])
+            shown = {key: value for key, value in scores.items() if key != "curves"}
+            print(seed, name, shown, scores["curves"]["discriminator"][::5], flush=True)
+    return {"at": list(range(10, steps, 20)), "variants": found}, torch.cat(tiles)
+
+
+@common.beginning("03/discriminator")
+def twenty_steps_of_todays_recipe(record):
+    _, training = todays_training(record["steps"], record["seeds"][0], None)
+    now = common.first_mean((terms["l1"].item() for _, terms in training), 20)
+    return [now], record["variants"]["without"][0]["curves"]["l1"][:1]
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ export OUT PYTHON STEPS EMOJI=${EMOJI:-} EMOJI_OPTIONS=${EMOJI_OPTIONS:-}
 NBVAL="--nbval-lax --nbval-current-env --nbval-cell-timeout 300"
 SIDE_BY_SIDE="--numprocesses ${PROCESSES:-8} --dist loadfile"
 [[ $DEVICE == cpu ]] && export LDM_REHEARSE=1
-part tests 200 "$PYTHON" -m pytest -q -m gpu tests/gpu --numprocesses 4 --durations 10
+part tests 200 "$PYTHON" -m pytest -v --tb short -m gpu tests/gpu --numprocesses 4 --durations 10
 part check 150 env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q $SIDE_BY_SIDE -m "not slow and not gpu" tests
 part chapters 300 env OMP_NUM_THREADS=2 "$PYTHON" -m pytest -q $SIDE_BY_SIDE $NBVAL chapters
 part training 200 "$PYTHON" tests/benchmarks/training.py --size emoji --device "$DEVICE" --no-diffusers \

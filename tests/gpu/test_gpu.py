@@ -47,6 +47,8 @@ def device(monkeypatch):
     if not REHEARSE:
         monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     AcceleratorState._reset_state(reset_partial_state=True)
+    if REHEARSE:
+        graphs.pretend(monkeypatch, ldm)
     yield torch.device("cpu" if REHEARSE else "cuda")
     AcceleratorState._reset_state(reset_partial_state=True)
 
