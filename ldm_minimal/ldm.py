@@ -2109,12 +2109,12 @@ def train_autoencoder(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Stage 1: squeeze and restore. Yields (steps done, loss terms); trains `model.autoencoder`.
 
-    perceptual: by default on the features of the model's own image encoder. discriminator: by
-    default a `PatchDiscriminator` (seed torch for its first weights). It joins at step
-    `model.config.adversarial_start`, and is heard `discriminator_head_start` steps later; the
-    weights of all terms are the config's, too. It learns by AdamW: with Muon it would win at
-    once. Over several processes each takes the adaptive weight of its own share, as CompVis does.
-    Call `measure_scale_factor` afterwards.
+    perceptual: by default on the features of the model's own image encoder; another's weights must
+    lie on the accelerator's device. discriminator: by default a `PatchDiscriminator` (seed torch
+    for its first weights). It joins at step `model.config.adversarial_start`, and is heard
+    `discriminator_head_start` steps later; the weights of all terms are the config's, too. It
+    learns by AdamW: with Muon it would win at once. Over several processes each takes the adaptive
+    weight of its own share, as CompVis does. Call `measure_scale_factor` afterwards.
     """
     accelerator = _begin(accelerator, config, data)
     data = data.to(accelerator.device)
@@ -2133,12 +2133,12 @@ def train_autoencoder(
     joins_at = model.config.adversarial_start
     heard_at = joins_at + model.config.discriminator_head_start
 
-    def restore(judge: nn.Module | None, rows: Tensor, eps: Tensor) -> dict[str, Tensor]:
+    def restore(active: nn.Module | None, rows: Tensor, eps: Tensor) -> dict[str, Tensor]:
         x = data.batch(rows)
         x_hat, posterior = trainer.net(x, eps)
         with accelerator.autocast():
             loss, terms = autoencoder_loss(
-                x, x_hat, posterior, perceptual, judge, last_layer, **weights
+                x, x_hat, posterior, perceptual, active, last_layer, **weights
             )
         trainer.backward(loss)
         return terms | {"pair": torch.cat([x, x_hat.detach()])}

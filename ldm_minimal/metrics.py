@@ -100,12 +100,13 @@ class VGGFeatures(nn.Module):
             for number in numbers:
                 self.weights[f"{number}"] = state[f"features.{number}.weight"]
                 self.biases[f"{number}"] = state[f"features.{number}.bias"]
+        device = state["features.0.weight"].device
+        self.register_buffer("shift", torch.tensor(self.SHIFT, device=device).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(self.SCALE, device=device).view(1, 3, 1, 1))
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        shift = x.new_tensor(self.SHIFT).view(1, 3, 1, 1)
-        scale = x.new_tensor(self.SCALE).view(1, 3, 1, 1)
-        h = (x - shift) / scale
+        h = (x - self.shift.to(x)) / self.scale.to(x)
         maps = []
         for level, numbers in enumerate(self.LEVELS):
             if level > 0:

@@ -22,6 +22,10 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is torch.ops.aten.lift_fresh.default:
+            raise RuntimeError(
+                "a tensor of Python numbers: on a GPU, a copy that cannot be recorded"
+            )
         if function._schema.is_mutable:
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             self.overwritten += [(tensor, tensor.clone()) for tensor in given]

@@ -26,6 +26,7 @@ from ldm_minimal import (
     train_clip,
     train_denoiser,
 )
+from ldm_minimal.metrics import VGGFeatures, published_lpips
 
 close = torch.testing.assert_close
 TRAININGS = {"clip": train_clip, "autoencoder": train_autoencoder, "denoiser": train_denoiser}
@@ -385,6 +386,33 @@ def test_a_recorded_training_is_the_same_training(name, parts, data, monkeypatch
     for ours, expected in zip(curves[1], curves[0]):
         assert ours == pytest.approx(expected, rel=1e-5, abs=1e-6)
     close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_recorded_step_makes_no_tensor_of_python_numbers(data, monkeypatch):
+    """Nor does it with the published form of LPIPS. A perceptual loss of the user's may."""
+    graphs.pretend(monkeypatch, ldm)
+    config = TrainConfig(steps=1, batch_size=4, learning_rate=1e-3)
+    next(train_autoencoder(tiny_model(data), data, config, perceptual=random_lpips()))
+
+    def careless(x, y):
+        return (x - y).square().mean(dim=(1, 2, 3)) * torch.tensor(2.0)
+
+    with pytest.raises(RuntimeError, match="cannot be recorded"):
+        next(train_autoencoder(tiny_model(data), data, config, perceptual=careless))
+
+
+def random_lpips():
+    """The published LPIPS with random weights, on few enough pixels to be quick."""
+    vgg, channels = {}, 3
+    for level, width in zip(VGGFeatures.LEVELS, (64, 128, 256, 512, 512)):
+        for number in level:
+            vgg[f"features.{number}.weight"] = torch.randn(width, channels, 3, 3) / 30
+            vgg[f"features.{number}.bias"] = torch.zeros(width)
+            channels = width
+    widths = enumerate((64, 128, 256, 512, 512))
+    return published_lpips(
+        vgg, {f"lin{i}.model.1.weight": torch.rand(1, w, 1, 1) for i, w in widths}
+    )
 
 
 # ---- compiled ----------------------------------------------------------------------------------
