@@ -131,7 +131,7 @@ class _Map:
         drawing.image(60, y, 72, latents["z_T"], faint=not parts)
         drawing.words(60, y + 50, "pure noise z_T", faint=not parts)
         drawing.arrow([(98, y), (432, y)], faint=faint("sampler"))
-        drawing.box(495, y, 120, 56, "U-Net,\n50 times", "network", faint=faint("sampler"))
+        drawing.box(495, y, 120, 56, "U-Net,\n50 steps", "network", faint=faint("sampler"))
         drawing.arrow([(495, 499), (495, 530), (330, 530), (330, y + 4)], faint=faint("sampler"))
         drawing.words(318, 512, "DDIM step", anchor="end", faint=faint("sampler"))
         badge(225, 512, 7, "sampler")
@@ -186,12 +186,12 @@ def residual_block(channels: int = 64, side: int = 8, t_width: int = 256) -> Non
     drawing.words(842, y, "h'")
     drawing.arrow([(112, y), (112, 26), (780, 26), (780, y - 17)])
     drawing.words(
-        446, 14, "skip: the block only adds a change (1x1 conv where the channels differ)"
+        446, 14, "shortcut: the block only adds a change (1x1 conv where the channels differ)"
     )
     y = 205
     drawing.words(60, y, "t = 300")
     drawing.arrow([(96, y), (122, y)])
-    drawing.box(200, y, 148, 50, "waves of t,\nslow and fast", "network")
+    drawing.box(200, y, 148, 50, "waves of t,\nslow and fast", "data")
     drawing.arrow([(276, y), (312, y)])
     drawing.words(350, y, f"t_{{emb}}\n({t_width})")
     drawing.arrow([(386, y), (404, y)])
@@ -205,7 +205,7 @@ def residual_block(channels: int = 64, side: int = 8, t_width: int = 256) -> Non
     )
     drawing.show(
         "A residual block. The upper path: GroupNorm and SiLU, a 3 by 3 convolution, plus, "
-        "GroupNorm and SiLU, a second convolution, and a plus where the skip connection adds "
+        "GroupNorm and SiLU, a second convolution, and a plus where the shortcut adds "
         "the input. Below, the timestep becomes sines and cosines, passes two linear layers, "
         "and a last linear layer adds one number to each channel at the first plus."
     )
@@ -224,12 +224,12 @@ def pixel_unet() -> None:
         x, below = left + 70, y + 100 if i < 2 else y + 86
         drawing.arrow([(left + 20, y + 26), (x if i < 2 else 400, below - 26)])
         drawing.arrow([(right - 70 if i < 2 else 464, below - 26), (right - 20, y + 27)])
-    drawing.words(205, 122, "half", anchor="end")
-    drawing.words(275, 222, "half", anchor="end")
-    drawing.words(345, 318, "half", anchor="end")
-    drawing.words(660, 122, "twice", anchor="start")
-    drawing.words(590, 222, "twice", anchor="start")
-    drawing.words(520, 318, "twice", anchor="start")
+    drawing.words(205, 122, "halve", anchor="end")
+    drawing.words(275, 222, "halve", anchor="end")
+    drawing.words(345, 318, "halve", anchor="end")
+    drawing.words(660, 122, "double", anchor="start")
+    drawing.words(590, 222, "double", anchor="start")
+    drawing.words(520, 318, "double", anchor="start")
     drawing.box(432, 356, 124, 48, "Block", "network")
     drawing.words(520, 370, "(128, 4, 4)", anchor="start")
     drawing.words(46, 70, "x_t\n(3, 32, 32)")

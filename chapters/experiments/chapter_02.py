@@ -28,7 +28,7 @@ class Block(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
         self.t_proj = nn.Linear(64, c_out)
-        self.skip = nn.Conv2d(c_in, c_out, 1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1)  # the library has none where c_in = c_out
         norm, conv = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.first = nn.Sequential(norm, nn.SiLU(), conv)
         norm, conv = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
@@ -36,7 +36,7 @@ class Block(nn.Module):
 
     def forward(self, x, t_emb):
         h = self.first(x) + self.t_proj(t_emb)[:, :, None, None]
-        return self.skip(x) + self.second(h)
+        return self.shortcut(x) + self.second(h)
 
 
 class SimpleUNet(nn.Module):
