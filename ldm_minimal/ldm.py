@@ -1918,7 +1918,8 @@ class Trainer:
         """`compute`, launched on one GPU as a single CUDA graph. Elsewhere `compute` itself.
 
         compute: the tensors of a micro-batch -> named tensors; it calls `backward`, and must
-        neither wait for the GPU nor draw random numbers.
+        neither wait for the GPU nor draw random numbers. Where it cannot be recorded, a warning
+        says why, and it runs kernel by kernel.
         """
         return _Recorded(compute, self.module) if self.records else compute
 
@@ -1957,10 +1958,14 @@ class _Recorded:
         self.compute = compute
         self.module = module
         self.graph = None
+        self.tried = False
 
     def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
-        if self.graph is None:
+        if not self.tried:
+            self.tried = True
             self._record(batch)
+        if self.graph is None:
+            return self.compute(*batch)
         torch._foreach_copy_(self.inputs, list(batch))
         self.graph.replay()
         return {name: value.clone() for name, value in self.outputs.items()}
@@ -1976,9 +1981,14 @@ class _Recorded:
         torch.cuda.current_stream().wait_stream(stream)
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         torch._foreach_zero_(gradients)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = self.compute(*self.inputs)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.outputs = self.compute(*self.inputs)
+            self.graph = graph
+        except RuntimeError as error:  # such as a copy from the CPU
+            reason = str(error).split("\n")[0]
+            warnings.warn(f"no CUDA graph, so training is slower: {reason}", stacklevel=2)
 
 
 def save_state(accelerator: Accelerator, folder: str | os.PathLike, step: int) -> None:

@@ -47,11 +47,13 @@ class Tape(TorchDispatchMode):
 
 @contextlib.contextmanager
 def recording(tape):
-    with tape:
-        yield
-    with torch.no_grad():
-        for tensor, values in reversed(tape.overwritten):
-            tensor.copy_(values)
+    try:
+        with tape:
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, values in reversed(tape.overwritten):
+                tensor.copy_(values)
 
 
 class NoStream:
