@@ -18,7 +18,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 # Version 2 of the data, and the model that was trained on it, are today's. Chapters that still tell
 # of version 1 keep its data and its model.
 FOLDERS = {1: "32-version-1", 2: "32"}
-CHECKPOINTS = {1: "shapes-1", 2: "shapes"}
+CHECKPOINTS = {1: "shapes-1", 2: "shapes", "emoji": "emoji"}
 SHIPPED = REPOSITORY / "data" / "checkpoints" / CHECKPOINTS[1]
 
 # Chapters import `oracle` and `prepare` from the data set's folder.
@@ -40,8 +40,11 @@ def load_recipe() -> Config:
     return Config.from_dict(values | {"scale_factor": None})
 
 
-def load_model(version: int = 1) -> LatentDiffusion:
-    """The shipped model: trained by the same code as the chapters' own, with more steps."""
+def load_model(version: int | str = 1) -> LatentDiffusion:
+    """The shipped model: trained by the same code as the chapters' own, with more steps.
+
+    version: 1 or 2, of the shapes that it was trained on; or "emoji".
+    """
     return LatentDiffusion.load(_checkpoint(version) / "model")
 
 
@@ -50,7 +53,7 @@ def load_evaluator(version: int = 1) -> CLIP:
     return CLIP.load(_checkpoint(version) / "evaluator")
 
 
-def _checkpoint(version: int) -> Path:
+def _checkpoint(version: int | str) -> Path:
     return REPOSITORY / "data" / "checkpoints" / CHECKPOINTS[version]
 
 
