@@ -418,8 +418,9 @@ def train_stage(
     if args.compile:
         compile_blocks(trained)
     drive(record, training, recipe.steps, args.save_every)
-    for part in trained.modules():  # what follows has other shapes; each would be compiled again
-        part._compiled_call_impl = None
+    if args.compile:  # what follows has other shapes, each of which would be compiled, too
+        for part in trained.modules():
+            part._compiled_call_impl = None
     if stage == "autoencoder":
         measure_scale_factor(model, data, args.seed)
     if record.accelerator.is_main_process:
