@@ -1799,8 +1799,13 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            momentum, lr = group["momentum"], group["lr"]
+        device = self.param_groups[0]["params"][0].device
+        self.move(*[torch.full((), group["lr"], device=device) for group in self.param_groups])
+
+    def move(self, *rates: Tensor) -> dict[str, Tensor]:
+        """The step with the learning rates of the groups as tensors, as a CUDA graph needs them."""
+        for group, lr in zip(self.param_groups, rates, strict=True):
+            momentum = group["momentum"]
             by_shape = {}  # matrices of one shape become orthogonal together
             for weight in group["params"]:
                 if weight.grad is not None:
@@ -1812,9 +1817,10 @@ class Muon(torch.optim.Optimizer):
                 updates = torch._foreach_lerp(gradients, averages, momentum)
                 matrices = torch.stack(updates).flatten(2)  # (N, rows, columns)
                 directions = _orthogonal(matrices).view(-1, *weights[0].shape)
-                rate = lr * 0.2 * max(matrices.shape[1:]) ** 0.5
+                directions = directions * (lr * 0.2 * max(matrices.shape[1:]) ** 0.5)
                 torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(weights, list(directions), alpha=-rate)
+                torch._foreach_sub_(weights, list(directions))
+        return {}
 
     def _average(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
@@ -1865,6 +1871,7 @@ class Trainer:
         part_lr: float = 1.0,
         ema: EMA | None = None,
     ):
+        self.records = self.records and _on_one_gpu(accelerator)
         module.train().requires_grad_(True).to(accelerator.device)
         in_part = set() if part is None else set(part.parameters())
         layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -1881,7 +1888,9 @@ class Trainer:
         optimizers = [adamw]
         if matrices:
             in_order = [layer.weight for layer in layers]
-            optimizers.append(Muon(groups(in_order), config.learning_rate))
+            muon = Muon(groups(in_order), config.learning_rate)
+            muon.move = self.recorded(muon.move)
+            optimizers.append(muon)
         accelerator.gradient_accumulation_steps = config.grad_accum_steps
         self.module = module
         self.config = config
@@ -1890,7 +1899,6 @@ class Trainer:
         self.ema = ema
         if ema is not None:
             accelerator.prepare_model(ema.module, evaluation_mode=True)  # saved with the rest
-        self.records = self.records and _on_one_gpu(accelerator)
 
     def micro_batches(self, *batch: Tensor) -> Iterator[list[Tensor]]:
         """This process's share of a global batch, in `grad_accum_steps` parts, on its device."""
@@ -1917,11 +1925,11 @@ class Trainer:
     ) -> Callable[..., dict[str, Tensor]]:
         """`compute`, launched on one GPU as a single CUDA graph. Elsewhere `compute` itself.
 
-        compute: the tensors of a micro-batch -> named tensors; it calls `backward`, and must
-        neither wait for the GPU nor draw random numbers. Where it cannot be recorded, a warning
-        says why, and it runs kernel by kernel.
+        compute: tensors of the same shapes in each call -> named tensors. It must neither wait
+        for the GPU nor draw random numbers. Where it cannot be recorded, a warning says why, and
+        it runs kernel by kernel.
         """
-        return _Recorded(compute, self.module) if self.records else compute
+        return _Recorded(compute) if self.records else compute
 
     def update(self, step: int) -> None:
         """The optimizer's step, then the average."""
@@ -1948,39 +1956,42 @@ def _on_one_gpu(accelerator: Accelerator) -> bool:
 
 
 class _Recorded:
-    """A function whose kernels are recorded in the first call and launched as one from then on.
+    """A function whose kernels are recorded in its fourth call and launched as one from then on.
 
     A training step is some thousand small kernels. To launch them one by one from Python takes
-    longer than the GPU needs to run them.
+    longer than the GPU needs to run them. In the first three calls kernels are chosen and
+    compiled, and gradients and optimizer states get the memory in which they stay.
     """
 
-    def __init__(self, compute: Callable[..., dict[str, Tensor]], module: nn.Module):
+    def __init__(self, compute: Callable[..., dict[str, Tensor]]):
         self.compute = compute
-        self.module = module
+        self.stream = torch.cuda.Stream()
+        self.calls = 0
         self.graph = None
-        self.tried = False
 
-    def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
-        if not self.tried:
-            self.tried = True
-            self._record(batch)
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls <= 3:
+            return self._on_another_stream(inputs)
+        if self.calls == 4:
+            self._record(inputs)
         if self.graph is None:
-            return self.compute(*batch)
-        torch._foreach_copy_(self.inputs, list(batch))
+            return self.compute(*inputs)
+        torch._foreach_copy_(self.inputs, list(inputs))
         self.graph.replay()
         return {name: value.clone() for name, value in self.outputs.items()}
 
-    def _record(self, batch: tuple[Tensor, ...]) -> None:
-        """Run it three times, on a stream of its own, then record it; the gradients stay zero."""
-        self.inputs = [values.clone() for values in batch]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # kernels are chosen, compiled and given their memory
-                self.compute(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        torch._foreach_zero_(gradients)
+    def _on_another_stream(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Not on the default one, where `backward` would leave what a recording must not meet."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            outputs = self.compute(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return outputs
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        """Recording runs nothing: the tensors keep their values."""
+        self.inputs = [values.clone() for values in inputs]
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):

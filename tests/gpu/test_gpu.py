@@ -242,22 +242,39 @@ def recorded(monkeypatch):
 def test_a_recorded_training_is_the_same_training(
     name, parts, precision, data, recorded, monkeypatch
 ):
-    config = TrainConfig(
-        steps=6, batch_size=8, learning_rate=1e-3, warmup_steps=1, grad_accum_steps=parts
-    )
+    muon = parts == 1
+    config = TrainConfig(9, 8, 1e-3, warmup_steps=1, grad_accum_steps=parts, muon=muon)
     curves = []
     for records in (False, True):
         monkeypatch.setattr(Trainer, "records", records)
         model = tiny_model(data)
         model.config = dataclasses.replace(
-            model.config, adversarial_start=1, discriminator_head_start=2
+            model.config, adversarial_start=1, discriminator_head_start=4
         )
         torch.manual_seed(0)  # of the discriminator's first weights
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(mixed_precision=precision)
         training = start(name, model, data, config, accelerator=accelerator)
         curves.append([losses[LOSS[name]].item() for _, losses in training])
-    assert len(recorded) == (3 if name == "autoencoder" else 1)
+    assert len(recorded) == (3 if name == "autoencoder" else 1) + muon
+    assert curves[1] == pytest.approx(curves[0], rel=0.03)
+
+
+def test_what_cannot_be_recorded_is_launched_kernel_by_kernel(device, data, recorded, monkeypatch):
+    def careless(x, y):
+        copied = torch.tensor(2.0, device=x.device)  # from the CPU, for which the CPU waits
+        return (x - y).square().mean(dim=(1, 2, 3)) * copied
+
+    config = TrainConfig(steps=6, batch_size=8, learning_rate=1e-3, warmup_steps=1)
+    curves = []
+    for records in (False, True):
+        monkeypatch.setattr(Trainer, "records", records)
+        training = train_autoencoder(tiny_model(data), data, config, perceptual=careless)
+        if records:
+            with pytest.warns(UserWarning, match="no CUDA graph, so training is slower"):
+                curves.append([losses["l1"].item() for _, losses in training])
+        else:
+            curves.append([losses["l1"].item() for _, losses in training])
     assert curves[1] == pytest.approx(curves[0], rel=0.03)
 
 
