@@ -12,7 +12,7 @@ from .loading import result
 LIT = {
     0: {"autoencoder", "scale", "noise", "unet", "loss", "text", "guidance", "sampler", "draw"},
     1: {"noise"},
-    2: {"noise", "unet", "loss"},
+    2: {"noise", "unet", "loss", "sampler"},
     3: {"autoencoder"},
     4: {"scale"},
     5: {"text", "unet"},
@@ -165,7 +165,12 @@ def pipeline(chapter: int = 0) -> None:
 # ---- parts -------------------------------------------------------------------------------------
 
 
-def residual_block(channels: int = 64, side: int = 8, t_width: int = 256) -> None:
+def residual_block(
+    channels: int = 64,
+    side: int = 8,
+    t_width: int = 256,
+    shortcut: str = "shortcut: the block only adds a change (1x1 conv where the channels differ)",
+) -> None:
     """A residual block of the U-Net, with the time embedding; by default in size `shapes`."""
     drawing = Drawing(864, 250)
     y = 90
@@ -185,9 +190,7 @@ def residual_block(channels: int = 64, side: int = 8, t_width: int = 256) -> Non
     drawing.arrow([(796, y), (824, y)])
     drawing.words(842, y, "h'")
     drawing.arrow([(112, y), (112, 26), (780, 26), (780, y - 17)])
-    drawing.words(
-        446, 14, "shortcut: the block only adds a change (1x1 conv where the channels differ)"
-    )
+    drawing.words(446, 14, shortcut)
     y = 205
     drawing.words(60, y, "t = 300")
     drawing.arrow([(96, y), (122, y)])
@@ -234,7 +237,9 @@ def pixel_unet() -> None:
     drawing.words(520, 370, "(128, 4, 4)", anchor="start")
     drawing.words(46, 70, "x_t\n(3, 32, 32)")
     drawing.arrow([(92, 70), (138, 70)])
+    drawing.words(114, 52, "conv")
     drawing.arrow([(724, 70), (764, 70)])
+    drawing.words(742, 52, "conv")
     drawing.words(808, 70, "ε̂\n(3, 32, 32)")
     drawing.words(46, 300, "t enters\nevery Block")
     drawing.show(

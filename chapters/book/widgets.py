@@ -103,18 +103,20 @@ def slider(
     factor: int = 6,
     *,
     seconds: float | None = None,
+    start: int = 0,
 ) -> HTML:
     """Move through images made beforehand: a slider called `name`, then the image and its label.
 
     images: each (3, H, W) in [-1, 1], shown with every pixel `factor` x `factor`; or several of
     them, side by side; or a figure.
     seconds: how long the film of all of them takes; then there is a button that plays it.
+    start: the image that is shown first, and the only one where scripts are off.
     """
     if len(images) != len(labels):
         raise ValueError(f"there are {len(images)} images and {len(labels)} labels: one for each")
     frames = ""
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        hidden = "" if i == 0 else "display: none"
+        hidden = "" if i == start else "display: none"
         picture = _image(image, f"{name}: {label}", factor)
         frames += f'<div class="book-frame" style="{hidden}">'
         frames += f"<div>{html.escape(label)}</div>{picture}</div>"
@@ -126,8 +128,9 @@ def slider(
         )
     return HTML(
         f'<div class="book-slider"><label>{html.escape(name)} <input type="range" min="0" '
-        f'max="{len(images) - 1}" value="0" autocomplete="off" style="width: min(420px, 60%); '
-        f'vertical-align: middle" oninput="{_script(SLIDE)}"></label>{button}{frames}</div>'
+        f'max="{len(images) - 1}" value="{start}" autocomplete="off" '
+        f'style="width: min(420px, 60%); vertical-align: middle" '
+        f'oninput="{_script(SLIDE)}"></label>{button}{frames}</div>'
     )
 
 
