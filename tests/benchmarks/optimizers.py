@@ -1,6 +1,6 @@
 """Muon against AdamW: how well does the U-Net of size shapes draw after equally many steps?
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/optimizers.py            # three seeds: an hour
+    OMP_NUM_THREADS=1 python tests/benchmarks/optimizers.py            # three seeds: some hours
 
 Text encoder and autoencoder are those that ship; a new U-Net learns by each optimizer, at each of
 some learning rates, with the same seeds, noise and batches. What is finished is read from --out
@@ -65,7 +65,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/optimizers"))
     options = parser.parse_args()
