@@ -46,16 +46,18 @@ class ScheduleForWidth(NoiseSchedule):
         return self.s**2 * super().snr()
 
 
-def new_training(steps, batch_size, variant, seed):
+def new_training(steps, batch_size, variant, seed, snr_clip=1.0):
     """Today's model with a new U-Net and latents of another width: the model, and its losses.
 
-    The loss is weighted as in the recipe, by min(SNR, 1) / SNR, with each variant's own SNR.
+    The loss is weighted as in the recipe, by min(SNR, snr_clip) / SNR, with each variant's own SNR;
+    snr_clip None: not weighted.
     """
     width, same_snr = VARIANTS[variant]
     model = load_model(version=2)
     torch.manual_seed(seed)
     model.unet = UNet(model.config.unet)
-    model.config = dataclasses.replace(model.config, scale_factor=width * model.scale_factor)
+    scale_factor = width * model.scale_factor
+    model.config = dataclasses.replace(model.config, scale_factor=scale_factor, snr_clip=snr_clip)
     model.schedule = ScheduleForWidth(width, same_snr)
     recipe = dataclasses.replace(model.config.denoiser_training, steps=steps, batch_size=batch_size)
     training = train_denoiser(model, load_data("train", version=2), recipe, seed=seed)
@@ -74,8 +76,20 @@ def errors_by_t(model, t, width):
     return eps_errors, [common.short(error) for error in z_errors]
 
 
+def shares_right(model, test):
+    """Of images drawn for 128 test captions: the shares that are right, entirely and in parts."""
+    drawn = draw_captions(model, test.captions[:128], 3.0, seed=0)
+    accuracy = prompt_accuracy(drawn, test.rows[:128])
+    return {key: common.short(accuracy[key]) for key in ("all", "colour", "shape")}
+
+
 @common.experiment(
-    "04/scaled", steps=1000, batch=64, seeds=[0, 1, 2], t=[*range(0, 1000, 50), 999], prompts=PROMPTS
+    "04/scaled",
+    steps=1000,
+    batch=64,
+    seeds=[0, 1, 2],
+    t=[*range(0, 1000, 50), 999],
+    prompts=PROMPTS,
 )
 def scaled(steps, batch, seeds, t, prompts):
     """Errors by timestep, prompt accuracy and images, for three widths and one other schedule."""
@@ -87,9 +101,7 @@ def scaled(steps, batch, seeds, t, prompts):
             model, losses = new_training(steps, batch, name, seed)
             curve = common.means(list(losses), 20)
             eps_errors, z_errors = errors_by_t(model, t, width)
-            drawn = draw_captions(model, test.captions[:128], 3.0, seed=0)
-            accuracy = prompt_accuracy(drawn, test.rows[:128])
-            shares = {key: common.short(accuracy[key]) for key in ("all", "colour", "shape")}
+            shares = shares_right(model, test)
             found[name].append(
                 {"accuracy": shares, "eps_by_t": eps_errors, "z0_by_t": z_errors, "mse": curve}
             )
@@ -103,6 +115,19 @@ def scaled(steps, batch, seeds, t, prompts):
 def twenty_steps_at_unit_width(record):
     _, losses = new_training(record["steps"], record["batch"], "s = 1", record["seeds"][0])
     return [common.first_mean(losses, 20)], record["variants"]["s = 1"][0]["mse"][:1]
+
+
+@common.experiment("04/unweighted", steps=1000, batch=64, names=["s = 1", "s = 5.49", "s = 0.18"])
+def unweighted(steps, batch, names):
+    """The same without the weight of the loss, seed 0: prompt accuracy."""
+    test = load_data("test", version=2)
+    found = {}
+    for name in names:
+        model, losses = new_training(steps, batch, name, seed=0, snr_clip=None)
+        curve = common.means(list(losses), 20)
+        found[name] = {"accuracy": shares_right(model, test), "mse": curve}
+        print(name, found[name]["accuracy"], curve[-1], flush=True)
+    return {"variants": found}, None
 
 
 if __name__ == "__main__":

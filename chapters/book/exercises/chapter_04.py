@@ -104,10 +104,13 @@ EXERCISES["4.4"] = Exercise(
 EXERCISES["4.5"] = Exercise(
     reference="BCA",
     mistakes={
-        "right for mistake 1; which of the other two has clear outlines, and which the right "
-        "colours in a blur?": "BAC",
+        "right for mistake 1; which of the other two sheets has an object in the wrong place, and "
+        "which has the right places and distorted outlines?": "BAC",
+        "the backgrounds and outlines of A are clean, so its decoder got latents of the right "
+        "size": ["ABC", "ACB"],
+        "the backgrounds of C are clean, so its decoder got latents of the right size; which sheet "
+        "is wrong everywhere?": ["CAB", "CBA"],
     },
-    otherwise="one sheet has the right scenes in wrong colours: which mistake leaves the U-Net as "
-    "it is? And see what 4.4 says of too wide and too narrow latents",
-    also_wrong={"leaves the U-Net": ["ABC", "CAB"]},
+    otherwise='answer with the letters A, B and C, each once, such as "ABC"',
+    also_wrong={"each once": ["A", "BBA"]},
 )
