@@ -320,6 +320,18 @@ def test_a_figure_is_described_by_its_label_or_by_what_is_written_in_it():
     plt.close(figure)
 
 
+def test_only_rows_with_captions_take_room_for_them(monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: None)
+    heights = []
+    for captions in ([], ["", "", "below", "below"], ["below"] * 4):
+        book.show(torch.zeros(4, 3, 8, 8), captions, columns=2)
+        heights.append(plt.gcf().get_figheight())
+        plt.close()
+    without, last_row, both_rows = heights
+    assert last_row - without == pytest.approx(0.19)
+    assert both_rows - without == pytest.approx(2 * 0.19)
+
+
 def test_a_studio_draws_what_is_typed_and_asks_for_a_sentence():
     class Model:
         prompts = []
