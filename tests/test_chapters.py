@@ -36,7 +36,7 @@ def name(path):
 
 
 # Chapters whose figures were made by the second edition's style; the others follow.
-SECOND_EDITION = ("0", "1", "2")
+SECOND_EDITION = ("0", "1", "2", "4")
 
 every_notebook = pytest.mark.parametrize("path", CHAPTERS + SOLUTIONS, ids=name)
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=name)
@@ -318,6 +318,18 @@ def test_a_figure_is_described_by_its_label_or_by_what_is_written_in_it():
     figure.set_label("a < b")
     assert 'alt="a &lt; b"' in book.plotting.html_of_figure(figure)
     plt.close(figure)
+
+
+def test_only_rows_with_captions_take_room_for_them(monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: None)
+    heights = []
+    for captions in ([], ["", "", "below", "below"], ["below"] * 4):
+        book.show(torch.zeros(4, 3, 8, 8), captions, columns=2)
+        heights.append(plt.gcf().get_figheight())
+        plt.close()
+    without, last_row, both_rows = heights
+    assert last_row - without == pytest.approx(0.19)
+    assert both_rows - without == pytest.approx(2 * 0.19)
 
 
 def test_a_studio_draws_what_is_typed_and_asks_for_a_sentence():

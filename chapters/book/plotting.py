@@ -150,8 +150,10 @@ def show(
     margin = 0.3 + 0.09 * max(map(len, rows)) if rows else 0.0
     side = min(side, (PAGE_WIDTH - margin) / columns)
     captions = [_wrapped(caption, side) for caption in captions]
-    lines = max((caption.count("\n") + 1 for caption in captions), default=0)
-    size = (columns * side + margin, count * (side + 0.19 * lines + 0.06) + (0.4 if title else 0))
+    height = count * (side + 0.06) + (0.4 if title else 0)
+    for i in range(0, len(captions), columns):  # each row needs room for its longest caption
+        height += 0.19 * max(_lines(caption) for caption in captions[i : i + columns])
+    size = (columns * side + margin, height)
     figure, axes = plt.subplots(count, columns, figsize=size, squeeze=False)
     for i, axis in enumerate(axes.flat):
         axis.set(xticks=[], yticks=[])
@@ -169,6 +171,10 @@ def show(
         figure.suptitle(title, x=0.01, ha="left")
     figure.set_label(_alt_of_images(title, rows, captions, len(images)))
     plt.show()
+
+
+def _lines(caption: str) -> int:
+    return caption.count("\n") + 1 if caption else 0
 
 
 def _wrapped(caption: str, inches: float) -> str:

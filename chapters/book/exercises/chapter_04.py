@@ -2,20 +2,35 @@
 
 import torch
 
+from ldm_minimal import NoiseSchedule
+
 from ..grading import Exercise
 
 EXERCISES = {}
 ALPHA_BARS_AND_SPREADS = [(0.9, 5.49), (0.3, 0.18), (0.5, 2.0)]
 
+
+def crossing(factor):
+    """The t at which factor times the SNR of unit width is nearest to 1."""
+    return int((factor * NoiseSchedule().snr() - 1).abs().argmin())
+
+
 EXERCISES["4.1"] = Exercise(
-    reference=2.6**2,
-    tolerance=1e-3,
+    reference=crossing(2.6**4),
+    tolerance=4e-3,
     mistakes={
-        "that is what they wanted; they multiply by 2.6 latents that are 2.6 wide already": 1,
+        "that is where 6.76 times the SNR is 1; which width does the U-Net see, and what does its "
+        "square do to the SNR?": crossing(2.6**2),
+        "that is for a width of 1, as the right factor gives it; they multiplied": crossing(1),
+        "that is for a width of 1 / 2.6; they multiplied latents that are 2.6 wide": crossing(
+            2.6**-2
+        ),
+        "that is the width; at which t is the SNR of such latents 1?": 2.6**2,
     },
-    otherwise="a standard deviation of 2.6, and every number times 2.6",
-    also_right=[6.76],
-    also_wrong={"every number": 1 / 2.6},
+    otherwise="take the width that the U-Net sees; its square times `schedule.snr()` is the SNR; "
+    "at which t is it nearest to 1?",
+    also_right=[crossing(2.6**4) + 1, crossing(2.6**4) - 1],
+    also_wrong={"at which t is it nearest": [500, 999]},
 )
 
 EXERCISES["4.2"] = Exercise(
@@ -85,4 +100,17 @@ EXERCISES["4.4"] = Exercise(
     "1 - Cov(eps, z_t)^2 / Var(z_t)",
     also_right=[lambda a, s: 1 - (1 - a) / (a * s**2 + 1 - a)],
     also_wrong={"another": lambda a, s: a * s**2},
+)
+EXERCISES["4.5"] = Exercise(
+    reference="BCA",
+    mistakes={
+        "right for mistake 1; which of the other two sheets has an object in the wrong place, and "
+        "which has the right places and distorted outlines?": "BAC",
+        "the backgrounds and outlines of A are clean, so its decoder got latents of the right "
+        "size": ["ABC", "ACB"],
+        "the backgrounds of C are clean, so its decoder got latents of the right size; which sheet "
+        "is wrong everywhere?": ["CAB", "CBA"],
+    },
+    otherwise='answer with the letters A, B and C, each once, such as "ABC"',
+    also_wrong={"each once": ["A", "BBA"]},
 )
