@@ -53,7 +53,7 @@ MEAN = torch.tensor([1.0, 0.0, -1.0, 3.0])[:, None, None]
 Z = MEAN + STD * torch.randn(50, 4, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
-def whiten(z, over=(0, 2, 3), correction=1):
+def standardise(z, over=(0, 2, 3), correction=1):
     spread = z.std(dim=over, keepdim=True, correction=correction)
     return (z - z.mean(dim=over, keepdim=True)) / spread
 
@@ -70,7 +70,7 @@ def what_is_not_white(got, z):
 
 
 EXERCISES["4.3"] = Exercise(
-    reference=whiten,
+    reference=standardise,
     inputs=[(Z,)],
     tolerance=0.01,
     mistakes={
@@ -79,11 +79,11 @@ EXERCISES["4.3"] = Exercise(
         ),
     },
     otherwise=what_is_not_white,
-    also_right=[lambda z: whiten(z, correction=0)],
+    also_right=[lambda z: standardise(z, correction=0)],
     also_wrong={
         "mean is not 0": lambda z: z / z.std(dim=(0, 2, 3), keepdim=True),
         "not 1": lambda z: z - z.mean(dim=(0, 2, 3), keepdim=True),
-        "positions": lambda z: whiten(z, over=0),
+        "positions": lambda z: standardise(z, over=0),
         "shape": lambda z: z.flatten(1),
     },
 )
