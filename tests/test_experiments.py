@@ -198,7 +198,16 @@ def test_every_trap_is_known_and_no_other(tiny):
 
 SHOWN = {
     "02": ["Block", "SimpleUNet", "train", "clipped"],
-    "03": ["train"],
+    "03": [
+        "SimpleAutoencoder",
+        "learn",
+        "restoration_loss",
+        "SimpleVAE",
+        "vae_loss",
+        "speckled",
+        "spoil",
+        "train",
+    ],
     "05": ["inside"],
     "07": ["skip"],
     "08": ["new_model", "whole_recipe"],
