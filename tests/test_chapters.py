@@ -36,7 +36,7 @@ def name(path):
 
 
 # Chapters whose figures were made by the second edition's style; the others follow.
-SECOND_EDITION = ("0", "1", "2", "4")
+SECOND_EDITION = ("0", "1", "2", "3", "4")
 
 every_notebook = pytest.mark.parametrize("path", CHAPTERS + SOLUTIONS, ids=name)
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=name)

@@ -14,6 +14,7 @@ from ldm_minimal import NoiseSchedule
 
 sys.path.insert(0, str(ROOT / "chapters"))
 sys.path.insert(0, str(ROOT / "chapters" / "experiments"))
+import chapter_03
 import chapter_07
 import chapter_09
 import chapter_10
@@ -157,6 +158,21 @@ def test_error_by_timestep_is_1_for_no_prediction_and_0_for_the_right_one():
     assert max(common.error_by_timestep(right, schedule, z, None, times)) < 1e-9
 
 
+def test_specks_darken_a_third_of_the_pixels_in_all_colours():
+    x = torch.full((64, 3, 32, 32), 0.5)
+    y = chapter_03.speckled(x, seed=0)
+    dark = (y - 0.5).abs() > 1e-6
+    assert (dark == dark[:, :1]).all()
+    assert dark.float().mean().item() == pytest.approx(0.35, abs=0.01)
+    torch.testing.assert_close(y[dark], torch.full_like(y[dark], -0.1))
+
+
+def test_images_are_spoiled_with_the_same_squared_error():
+    x = noise(4, 3, 32, 32).float()
+    for y in chapter_03.spoil(x, error=0.02).values():
+        torch.testing.assert_close((x - y).square().mean(dim=(1, 2, 3)), torch.full((4,), 0.02))
+
+
 def test_skip_is_algorithm_2_at_some_timesteps():
     schedule = NoiseSchedule("linear")
     start = noise(5, 3)
@@ -198,7 +214,16 @@ def test_every_trap_is_known_and_no_other(tiny):
 
 SHOWN = {
     "02": ["Block", "SimpleUNet", "train", "clipped"],
-    "03": ["train"],
+    "03": [
+        "SimpleAutoencoder",
+        "learn",
+        "restoration_loss",
+        "SimpleVAE",
+        "vae_loss",
+        "speckled",
+        "spoil",
+        "train",
+    ],
     "05": ["inside"],
     "07": ["skip"],
     "08": ["new_model", "whole_recipe"],

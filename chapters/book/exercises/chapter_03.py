@@ -8,25 +8,13 @@ from ..grading import Exercise
 
 EXERCISES = {}
 
-EXERCISES["3.1"] = Exercise(
-    reference=16 * 256 * 256 * 3 / (4 * 32 * 32 * 16),
-    tolerance=1e-3,
-    mistakes={
-        "those are the positions; a pixel has 3 numbers, a position of this latent 16": 256,
-        "inverted: the film has more numbers than its latent": 1 / 48,
-    },
-    otherwise="count both: 16 x 256 x 256 x 3 numbers, and how many positions with 16?",
-    also_right=[48],
-    also_wrong={"count both": 12},
-)
-
 VALUES = torch.tensor([0.1, 0.2, 0.4, 0.9, 5.0])
 
-EXERCISES["3.2"] = Exercise(
+EXERCISES["3.1"] = Exercise(
     reference=lambda values, power: values.mean() if power == 2 else values.median(),
     inputs=[(VALUES, 2), (VALUES, 1)],
     tolerance=0.01,
-    otherwise="for power {1} another guess costs less; try some, and see which value wins",
+    otherwise="for power {1} another answer costs less; try some, and see which value wins",
     also_right=[lambda values, power: {2: values.mean().item(), 1: values.sort().values[2]}[power]],
     also_wrong={
         "power 1": lambda values, power: values.mean(),
@@ -35,6 +23,27 @@ EXERCISES["3.2"] = Exercise(
             lambda values, power: values.median() if power == 2 else values.mean(),
         ],
     },
+)
+
+EXERCISES["3.2"] = Exercise(
+    reference=lambda a, w: (w / (2 * a + w)) ** 0.5,
+    inputs=[(0.8, 0.1), (3.0, 1.0), (0.2, 5.0)],
+    mistakes={
+        "that is the variance; sigma is its root": lambda a, w: w / (2 * a + w),
+        "by sigma^2, the derivative of w/2 sigma^2 is w/2, not w": lambda a, w: (
+            (w / (a + w)) ** 0.5
+        ),
+        "the KL has sigma^2 itself, too: for a = 0 the answer must be 1": lambda a, w: (
+            (w / (2 * a)) ** 0.5
+        ),
+        "inverted: the more the noise harms the image, the smaller sigma must be": lambda a, w: (
+            ((2 * a + w) / w) ** 0.5
+        ),
+    },
+    otherwise="for a = {0} and w = {1} it is another number; take the derivative of the loss by "
+    "sigma^2 and set it to 0",
+    also_right=[lambda a, w: 1 / (1 + 2 * a / w) ** 0.5],
+    also_wrong={"derivative": lambda a, w: w / a},
 )
 
 
@@ -59,50 +68,51 @@ EXERCISES["3.3"] = Exercise(
 )
 
 
-def slope(loss, weight, create_graph=False):
-    """The length of the loss's gradient."""
-    (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True, create_graph=create_graph)
-    return gradient.norm()
+def patch_side(layers):
+    side = 1
+    for kernel, stride in reversed(layers):
+        side = (side - 1) * stride + kernel
+    return side
 
 
-def adaptive_weight(reconstruction, adversarial, weight, create_graph=False, most=1e4):
-    numerator = slope(reconstruction, weight, create_graph)
-    return (numerator / (slope(adversarial, weight) + 1e-4)).clamp(max=most)
+def forwards(layers):
+    return patch_side(list(reversed(layers)))
 
 
-def weigh(answer, adversarial_scale):
-    """The weight, and whether a gradient flows through it."""
-    last_weight = torch.tensor([3.0, 4.0], requires_grad=True)
-    reconstruction = (last_weight**2).sum()  # a gradient of length 10
-    adversarial = adversarial_scale * last_weight.sum()
-    got = answer(reconstruction, adversarial, last_weight)
-    has_graph = isinstance(got, torch.Tensor) and got.requires_grad
-    return got, float(has_graph)
-
-
-def why_it_weighs_wrong(got, adversarial_scale):
-    if adversarial_scale == 0:
-        return "where the discriminator's gradient is 0 the weight must stop at 1e4"
-    return "another number; divide the two lengths (norms) of the gradients at last_weight"
+def without_gaps(layers):
+    side = 1
+    for kernel, stride in reversed(layers):
+        side = side * stride + kernel
+    return side
 
 
 EXERCISES["3.4"] = Exercise(
-    reference=adaptive_weight,
-    inputs=[(0.01,), (0.0,)],
-    call=weigh,
-    tolerance=1e-3,
+    reference=patch_side,
+    inputs=[
+        ([(3, 2), (5, 3), (4, 1)],),
+        ([(4, 2), (4, 1), (4, 1)],),
+        ([(4, 2), (4, 2), (4, 1), (4, 1)],),
+    ],
     mistakes={
-        "inverted: the discriminator must pull as hard as the reconstruction, so the "
-        "reconstruction's gradient is divided by it": lambda r, a, w: adaptive_weight(a, r, w),
-        "delta = 1e-4 is missing in the denominator": lambda r, a, w: slope(r, w) / slope(a, w),
-        "a gradient still flows through it; detach it": lambda r, a, w: adaptive_weight(
-            r, a, w, create_graph=True
-        ),
+        "begin at the logit: the last layer comes first": forwards,
+        "the strides are missing: neighbours of a layer lie stride places apart in the layer "
+        "before": lambda layers: 1 + sum(kernel - 1 for kernel, _ in layers),
+        "between side outputs there are side - 1 steps, not side": without_gaps,
     },
-    otherwise=why_it_weighs_wrong,
-    also_right=[lambda r, a, w: min(1e4, slope(r, w).item() / (slope(a, w).item() + 1e-4))],
-    also_wrong={
-        "1e4": lambda r, a, w: adaptive_weight(r, a, w, most=math.inf),
-        "lengths": lambda r, a, w: (r / a).clamp(max=1e4),
+    otherwise="for the layers {0} it is another number; if side places are needed in a layer, how "
+    "many are needed in the layer before it?",
+    also_wrong={"how many": lambda layers: sum(kernel * stride for kernel, stride in layers)},
+)
+
+EXERCISES["3.5"] = Exercise(
+    reference="BCA",
+    mistakes={
+        "right for mistake 1; which of the two other decoders has never seen a draw? Without the "
+        "KL, noise only harms, and sigma becomes small": "BAC",
+        "right for mistake 2; a KL of weight 100 spoils the image from the mean, too": "ACB",
+        "right for mistake 3; where sigma is near 0 nothing held it up: no KL": "CBA",
     },
+    otherwise="in 3.3, what became of sigma without the KL, and in 3.4, what did a heavy KL do to "
+    "the restored images?",
+    also_wrong={"in 3.3": ["ABC", "CAB"]},
 )
