@@ -67,12 +67,12 @@ def figures(cell):
     The frames of a slider, enlarged pixels, are left out; they have its label.
     """
     tag = r'<img class="book-figure" alt="([^"]*)" width="(\d+)" style="([^"]*)" '
-    tag += r'src="data:image/(png|svg\+xml);base64,([^"]+)"'
+    tag += r'src="data:image/(png|webp|svg\+xml);base64,([^"]+)"'
     for page in pages(cell):
         for alt, width, style, kind, data in re.findall(tag, page):
             if "pixelated" not in style:
                 content = io.BytesIO(base64.b64decode(data))
-                pixels = Image.open(content).width if kind == "png" else None
+                pixels = None if kind == "svg+xml" else Image.open(content).width
                 yield html.unescape(alt), int(width), pixels
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm_minimal import LatentDiffusion
 
-from .plotting import CSS_DPI, described, image_tag, png, png_of_figure
+from .plotting import CSS_DPI, described, image_tag, png, webp_of_figure
 
 BUTTON = (
     "font: inherit; color: inherit; background: transparent; cursor: pointer; text-align: left; "
@@ -82,7 +82,7 @@ def _image(image: Tensor | tuple | plt.Figure, alt: str, factor: int) -> str:
     if isinstance(image, plt.Figure):
         plt.close(image)
         alt = f"{alt}. {described(image)}"
-        return image_tag(png_of_figure(image), alt, image.get_figwidth() * CSS_DPI)
+        return image_tag(webp_of_figure(image), alt, image.get_figwidth() * CSS_DPI, "webp")
     images = image if isinstance(image, tuple) else (image,)
     height = images[-1].shape[-2] * factor
     tags = []
