@@ -228,6 +228,12 @@ def test_a_slider_has_a_frame_and_a_label_for_each_image():
     assert shown == [book.png(image, 1) for image in images]
     assert 'max="2"' in page and ">play</button>" in page
     assert "play</button>" not in book.slider(images, ["a", "b", "c"], "step").data
+    page = book.slider(images, ["a", "b", "c"], "step", start=1).data
+    styles = re.findall('class="book-frame" style="([^"]*)"', page)
+    assert styles == ["display: none", "", "display: none"]
+    assert 'value="1"' in page
+    with pytest.raises(ValueError, match="start is 3; allowed are 0 to 2"):
+        book.slider(images, ["a", "b", "c"], "step", start=3)
     with pytest.raises(ValueError, match="3 images and 2 labels"):
         book.slider(images, ["a", "b"], "step")
 

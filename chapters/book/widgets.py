@@ -114,6 +114,8 @@ def slider(
     """
     if len(images) != len(labels):
         raise ValueError(f"there are {len(images)} images and {len(labels)} labels: one for each")
+    if not 0 <= start < len(images):
+        raise ValueError(f"start is {start}; allowed are 0 to {len(images) - 1}")
     frames = ""
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         hidden = "" if i == start else "display: none"

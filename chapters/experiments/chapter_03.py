@@ -398,32 +398,28 @@ def schedule(steps, seeds, weight):
 
 @common.experiment("03/verdict", steps=400)
 def verdict(steps):
-    """The discriminator's logits on originals, restored images, and images that are half of each.
+    """The logits of a discriminator that is never heard, on originals, restored images and halves.
 
-    Twice: with a discriminator that is never heard, and with one that is heard from step 150.
+    A half: the left of it is the original, the right is restored.
     """
     x = speckled(load_data("test", version=2).batch(slice(0, 128)), seed=1)[:6]
     data = speckled(load_data("train", version=2).batch(slice(0, 6000)), seed=0)
-    loss_of, joins, heard = recipes(steps, None)["+ adversarial"]
-    found, tiles = {}, [x]
-    for name, first in {"never heard": steps, "heard": heard}.items():
-        discriminator = PatchDiscriminator(32, 1)
-        recipe = (loss_of, joins, first)
-        net, training = new_training(recipe, data, 0, steps, discriminator)
-        losses = [terms["discriminator"].item() for terms in training if "discriminator" in terms]
-        with torch.no_grad():
-            x_hat = net.eval()(x)[0].clamp(-1, 1)
-            half = torch.cat([x[..., :16], x_hat[..., 16:]], dim=-1)
-            kinds = {"original": x, "restored": x_hat, "half": half}
-            maps = {kind: discriminator(images)[:, 0] for kind, images in kinds.items()}
-        found[name] = {
-            kind: [[round(v, 2) for v in m.flatten().tolist()] for m in logits]
-            for kind, logits in maps.items()
-        }
-        found[name]["discriminator"] = common.means(losses, 20)
-        tiles += [x_hat, half]
-        print(name, {kind: logits.mean().item() for kind, logits in maps.items()}, flush=True)
-    return found, torch.cat(tiles)
+    loss_of, joins, _ = recipes(steps, None)["+ adversarial"]
+    discriminator = PatchDiscriminator(32, 1)
+    net, training = new_training((loss_of, joins, steps), data, 0, steps, discriminator)
+    losses = [terms["discriminator"].item() for terms in training if "discriminator" in terms]
+    with torch.no_grad():
+        x_hat = net.eval()(x)[0].clamp(-1, 1)
+        half = torch.cat([x[..., :16], x_hat[..., 16:]], dim=-1)
+        kinds = {"original": x, "restored": x_hat, "half": half}
+        maps = {kind: discriminator(images)[:, 0] for kind, images in kinds.items()}
+    found = {
+        kind: [[round(v, 2) for v in m.flatten().tolist()] for m in logits]
+        for kind, logits in maps.items()
+    }
+    found["discriminator"] = common.means(losses, 20)
+    print({kind: logits.mean().item() for kind, logits in maps.items()}, flush=True)
+    return {"never heard": found}, torch.cat([x, x_hat, half])
 
 
 # ---- how large a KL? ---------------------------------------------------------------------------

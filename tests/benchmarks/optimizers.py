@@ -15,11 +15,10 @@ import statistics
 import time
 
 import torch
-from accelerate import Accelerator
 
 from ldm_minimal import SHAPES, CaptionedImages, LatentDiffusion, UNet, train_denoiser
 from ldm_minimal.files import REPOSITORY, data_module
-from ldm_minimal.metrics import prompt_accuracy
+from ldm_minimal.metrics import draw_captions, prompt_accuracy
 
 RATES = {"Muon": [8e-3], "AdamW": [4e-3, 8e-3]}  # 8e-3 is the recipe's, 4e-3 was 0.1.0's
 CAPTIONS = 256
@@ -43,17 +42,11 @@ def train_and_draw(optimizer, rate, seed, steps, train, test):
     )
     begun = time.time()
     losses = []
-    for _, step in train_denoiser(model, train, recipe, seed=seed, accelerator=Accelerator()):
+    for _, step in train_denoiser(model, train, recipe, seed=seed):
         losses.append(step["mse"].item())
     seconds = time.time() - begun
-    generator = torch.Generator().manual_seed(0)
-    captions = test.captions[:CAPTIONS]
-    images = []
-    for first in range(0, CAPTIONS, 64):
-        images.append(
-            model.generate(captions[first : first + 64], guidance=GUIDANCE, generator=generator)
-        )
-    accuracy = prompt_accuracy(torch.cat(images), test.rows[:CAPTIONS])
+    images = draw_captions(model, test.captions[:CAPTIONS], GUIDANCE, seed=0)
+    accuracy = prompt_accuracy(images, test.rows[:CAPTIONS])
     return {
         "all": accuracy["all"],
         "mse": statistics.mean(losses[-100:]),
