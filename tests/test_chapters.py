@@ -358,6 +358,17 @@ def test_a_studio_draws_what_is_typed_and_asks_for_a_sentence():
     assert model.prompts[-1] == "a red circle" and message.value == "type a sentence first"
 
 
+def test_a_studio_on_a_static_page_shows_its_first_drawing():
+    class Model:
+        def generate(self, prompts, **options):
+            return torch.zeros(len(prompts), 3, 8, 8)
+
+    studio = book.studio(Model())
+    page = studio._repr_mimebundle_()["text/html"]
+    assert base64.b64encode(book.png(torch.zeros(3, 8, 8), 8)).decode() in page
+    assert studio.children[0].value in page
+
+
 def test_a_result_has_its_numbers_and_its_images():
     found = book.result("02/pixels")
     assert found["steps"] == 1200

@@ -27,6 +27,7 @@ BUTTON = (
     "font: inherit; color: inherit; background: transparent; cursor: pointer; text-align: left; "
     "border: 1px solid currentColor; border-radius: 6px; padding: 0.35em 0.8em; margin: 0.2em"
 )
+DRAWING_PIXELS = 256  # the studio's image, in CSS pixels
 CARD = "border-left: 4px solid #0072B2; padding: 0.3em 1em; margin: 0.5em 0; max-width: 54em"
 
 # The controls' scripts. `this` is the control; each looks only inside its own widget.
@@ -204,7 +205,21 @@ def predict(
 # ---- with a kernel -----------------------------------------------------------------------------
 
 
-def studio(model: LatentDiffusion) -> ipywidgets.Widget:
+class Studio(ipywidgets.VBox):
+    """A box that shows its first drawing where no kernel runs, such as on a static page."""
+
+    def _repr_mimebundle_(self, **options: object) -> dict[str, object]:
+        bundle = super()._repr_mimebundle_(**options)
+        drawing, message = self.children[-2:]
+        alt = f"The model's drawing of: {message.value}"
+        style = "image-rendering: pixelated;"
+        tag = image_tag(drawing.value, alt, DRAWING_PIXELS, style=style)
+        caption = f"{html.escape(message.value)}. In a running notebook, type your own prompt here."
+        bundle["text/html"] = f"<figure>{tag}<figcaption>{caption}</figcaption></figure>"
+        return bundle
+
+
+def studio(model: LatentDiffusion) -> Studio:
     """A text box, guidance, steps and seed, and a button that draws."""
     prompt = ipywidgets.Text(
         "a small cyan heart below a large orange circle",
@@ -215,7 +230,8 @@ def studio(model: LatentDiffusion) -> ipywidgets.Widget:
     steps = ipywidgets.IntSlider(50, min=1, max=100, description="steps")
     seed = ipywidgets.IntText(0, description="seed", layout={"width": "180px"})
     button = ipywidgets.Button(description="draw", button_style="primary")
-    shown = ipywidgets.Image(format="png")
+    # Without a width, the box would stretch it over the whole page.
+    shown = ipywidgets.Image(format="png", layout={"width": f"{DRAWING_PIXELS}px"})
     message = ipywidgets.Label()
 
     def draw(_button: ipywidgets.Button | None = None) -> None:
@@ -235,4 +251,4 @@ def studio(model: LatentDiffusion) -> ipywidgets.Widget:
     draw()
     settings = ipywidgets.HBox([guidance, steps])
     start = ipywidgets.HBox([seed, button])
-    return ipywidgets.VBox([prompt, settings, start, shown, message])
+    return Studio([prompt, settings, start, shown, message])
