@@ -212,7 +212,7 @@ class Studio(ipywidgets.VBox):
         bundle = super()._repr_mimebundle_(**options)
         drawing, message = self.children[-2:]
         alt = f"The model's drawing of: {message.value}"
-        style = "image-rendering: pixelated;"
+        style = "image-rendering: pixelated; border: 1px solid #cccccc;"
         tag = image_tag(drawing.value, alt, DRAWING_PIXELS, style=style)
         caption = f"{html.escape(message.value)}. In a running notebook, type your own prompt here."
         bundle["text/html"] = f"<figure>{tag}<figcaption>{caption}</figcaption></figure>"
