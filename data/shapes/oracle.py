@@ -194,23 +194,25 @@ def refined(thing, difference, background, step=0.25 / SIDE):
     """One Gauss-Newton step on (x, y, radius, blur): the moved object and the energy it leaves."""
     stroke = strokes(background)[list(COLOURS).index(thing.colour)]
 
-    def rest(thing, blur):
-        drawn = np.tensordot(stroke.T, soften(coverage(thing, SIDE), blur), 1)
-        return (difference - drawn).ravel()
+    def rest(covers, blur):
+        drawn = np.einsum("kc,nkij->ncij", stroke, soften(covers, blur))
+        return (difference - drawn).reshape(len(covers), -1)  # (n, 3 side side)
 
-    start = rest(thing, BLUR)
     moved = [
-        rest(replace(thing, x=thing.x + step), BLUR),
-        rest(replace(thing, y=thing.y + step), BLUR),
-        rest(replace(thing, radius=thing.radius + step), BLUR),
-        rest(thing, BLUR + 0.25),
+        thing,
+        replace(thing, x=thing.x + step),
+        replace(thing, y=thing.y + step),
+        replace(thing, radius=thing.radius + step),
     ]
-    slopes = start - np.stack(moved)  # (4, 3 side side)
+    covers = np.stack([coverage(each, SIDE) for each in moved])  # (4, 2, side, side)
+    start, *others = rest(covers, BLUR)
+    slopes = start - np.stack([*others, rest(covers[:1], BLUR + 0.25)[0]])  # (4, 3 side side)
     solved = np.linalg.lstsq(slopes @ slopes.T, slopes @ start, rcond=None)[0]
     dx, dy, dradius, dblur = np.clip(solved, -2, 2)
     radius = np.clip(thing.radius + step * dradius, RADII[0] / SIDE, RADII[-1] / SIDE)
     thing = replace(thing, x=thing.x + step * dx, y=thing.y + step * dy, radius=radius)
-    return thing, (rest(thing, np.clip(BLUR + 0.25 * dblur, 0, 1.2)) ** 2).sum()
+    left = rest(coverage(thing, SIDE)[None], np.clip(BLUR + 0.25 * dblur, 0, 1.2))
+    return thing, (left**2).sum()
 
 
 def read_part(difference, background):

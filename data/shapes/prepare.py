@@ -278,9 +278,11 @@ def coverage(thing, size):
     inside = SHAPES[thing.shape](u[None, :], v[:, None])
     dark = inside & TEXTURES[thing.texture](u[None, :], v[:, None])
     cover = np.zeros((2, size, size))
+    ones = np.ones(SUPERSAMPLE)  # products count the points, several times faster than sums
     for share, points in zip(cover, (inside, dark)):
-        blocks = points.reshape(len(v) // SUPERSAMPLE, SUPERSAMPLE, -1, SUPERSAMPLE)
-        share[rows, columns] = blocks.mean((1, 3))
+        in_row = points.astype(float).reshape(-1, SUPERSAMPLE) @ ones  # of each pixel, in each row
+        in_pixel = ones @ in_row.reshape(rows.stop - rows.start, SUPERSAMPLE, -1)
+        share[rows, columns] = in_pixel / SUPERSAMPLE**2
     return cover
 
 
