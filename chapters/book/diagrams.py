@@ -89,9 +89,9 @@ class _Map:
         drawing.arrow([(350, 148), (350, 170), (420, 170)], head=False, faint=faint("scale"))
         drawing.arrow([(420, 170), (420, 205), (60, 205), (60, y - 40)], faint=faint("scale"))
         drawing.words(432, 170, "times the scale factor", anchor="start", faint=faint("scale"))
-        badge(608, 170, 4, "scale")
+        badge(616, 170, 4, "scale")
         drawing.image(60, y, 72, latents["z"], faint=faint("noise") and faint("scale"))
-        drawing.words(60, y + 50, "latent z", faint=faint("noise") and faint("scale"))
+        drawing.words(60, y + 50, "scaled latent", faint=faint("noise") and faint("scale"))
         drawing.words(115, y, "+", faint=faint("noise"))
         drawing.image(170, y, 72, latents["eps"], faint=faint("noise"))
         drawing.words(170, y + 50, "noise ε", faint=faint("noise"))
@@ -137,7 +137,8 @@ class _Map:
         badge(225, 512, 7, "sampler")
         drawing.arrow([(556, y), (592, y)], faint=faint("sampler"))
         drawing.image(630, y, 72, latents["z_0"], faint=not parts)
-        drawing.words(630, y + 50, "latent z_0", faint=not parts)
+        drawing.words(630, y + 50, "scaled latent z_0", faint=not parts)
+        drawing.words(684, y - 48, "÷ scale factor", faint=faint("scale"))
         drawing.arrow([(668, y), (690, y)], faint=faint("draw"))
         drawing.box(727, y, 72, 56, "D,\nonce", "network", faint=faint("draw"))
         drawing.arrow([(764, y), (782, y)], faint=faint("draw"))
@@ -157,7 +158,8 @@ def pipeline(chapter: int = 0) -> None:
         "Map of latent diffusion in three rows. Stage 1: an image passes the encoder, becomes a "
         "small latent, and the decoder restores it; four losses compare. Stage 2: the scaled "
         "latent plus noise passes the U-Net, which predicts the noise; the text encoder tells it "
-        "the caption. Draw: pure noise passes the U-Net fifty times, then the decoder once. "
+        "the caption. Draw: pure noise passes the U-Net fifty times, is divided by the scale "
+        "factor, and passes the decoder once. "
         + ("All parts are lit." if len(lit) > 6 else f"Lit: {', '.join(sorted(lit))}.")
     )
 
