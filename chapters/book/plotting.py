@@ -147,7 +147,8 @@ def show(
     images = list(images)
     columns = min(columns, len(images))
     count = math.ceil(len(images) / columns)
-    margin = 0.3 + 0.09 * max(map(len, rows)) if rows else 0.0
+    longest = max((len(line) for row in rows for line in row.split("\n")), default=0)
+    margin = 0.3 + 0.09 * longest if rows else 0.0
     side = min(side, (PAGE_WIDTH - margin) / columns)
     captions = [_wrapped(caption, side) for caption in captions]
     height = count * (side + 0.06) + (0.4 if title else 0)
