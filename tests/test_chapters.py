@@ -315,6 +315,15 @@ def test_a_latent_is_four_tiles_with_zero_white():
     assert blue > red
 
 
+def test_a_changed_number_is_framed_at_its_place():
+    x = torch.zeros(3, 32, 32)
+    figure = book.restoring.one_number(torch.zeros(4, 8, 8), (2, 1, 5), x, x, 3.0)
+    (frame,) = figure.axes[0].patches
+    assert (frame.get_x(), frame.get_y()) == (4.5, 9.5)  # of tiles of 8 x 8, the lower left one
+    assert figure.axes[2].get_title("left") == "restored,\n+3 added"
+    plt.close(figure)
+
+
 def test_a_figure_is_described_by_its_label_or_by_what_is_written_in_it():
     figure, axis = plt.subplots()
     axis.plot([1, 2], label="a line")

@@ -11,7 +11,7 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 from ldm_minimal.sample import to_image
 
-from . import diagrams
+from . import diagrams, restoring
 from .grading import check
 from .loading import SHIPPED, load_data, load_evaluator, load_model, load_recipe, result
 from .plotting import (
@@ -52,6 +52,7 @@ __all__ = [
     "load_recipe",
     "png",
     "predict",
+    "restoring",
     "result",
     "show",
     "slider",
