@@ -88,7 +88,8 @@ def _image(image: Tensor | tuple | plt.Figure, alt: str, factor: int) -> str:
     tags = []
     for x in images:
         width = height * x.shape[-1] / x.shape[-2]
-        style = "image-rendering: pixelated; margin-right: 8px; outline: 1px solid #cccccc;"
+        style = "image-rendering: pixelated; margin-right: 8px; "
+        style += "outline: 1px solid #cccccc; outline-offset: -1px;"  # where a white image ends
         tags.append(image_tag(png(x, 1), alt if x is images[-1] else "", width, style=style))
     return "".join(tags)
 

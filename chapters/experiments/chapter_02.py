@@ -62,7 +62,8 @@ class SimpleUNet(nn.Module):
         h = self.middle(h, t_emb)  # (B, 4c, 4, 4)
         for block in self.up:
             h = F.interpolate(h, scale_factor=2.0)
-            h = block(torch.cat([h, skips.pop()], dim=1), t_emb)
+            h = torch.cat([h, skips.pop()], dim=1)  # pop: the last one put in, of the same size
+            h = block(h, t_emb)  # (B, 2c, 8, 8), (B, c, 16, 16), (B, c, 32, 32)
         return self.conv_out(F.silu(h))
 
 
