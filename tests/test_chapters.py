@@ -238,6 +238,16 @@ def test_a_slider_has_a_frame_and_a_label_for_each_image():
         book.slider(images, ["a", "b"], "step")
 
 
+def test_a_row_shows_images_as_a_frame_of_a_slider_does():
+    images = tuple(torch.rand(3, 3, 8, 8) * 2 - 1)
+    page = book.row(images, "a < b", factor=4).data
+    frame = book.slider([images], ["a < b"], "step", factor=4).data
+    tags = r'<img [^>]*?width="(\d+)" style="(.*?)" src="(.*?)"'
+    assert len(re.findall(tags, page)) == 3
+    assert re.findall(tags, page) == re.findall(tags, frame)
+    assert "<div>a &lt; b</div>" in page
+
+
 def test_what_settles_a_prediction_is_folded(capsys, monkeypatch):
     shown = []
     monkeypatch.setattr(book.widgets, "display", shown.append)
@@ -259,7 +269,8 @@ def test_what_settles_a_prediction_is_folded(capsys, monkeypatch):
         pass
 
 
-PARTS = "autoencoder cross_attention ddim_step guidance reparameterisation residual_block unet"
+PARTS = "autoencoder cross_attention ddim_step guidance pixel_unet reparameterisation "
+PARTS += "residual_block unet"
 
 
 @pytest.mark.parametrize("part", PARTS.split())
@@ -279,6 +290,9 @@ def test_the_map_lights_the_part_of_each_chapter(monkeypatch):
     assert all(count > 10 for chapter, count in enumerate(faint) if chapter not in (0, 8, 10))
     number = "".join(drawn[4].find(".//*[@class='number']").itertext())
     assert number == "3"  # the first badge, faint in chapter 4
+    written = ["".join(drawing.itertext()) for drawing in drawn]
+    assert [number for number, text in enumerate(written) if "DDPM step" in text] == [2]
+    assert [number for number, text in enumerate(written) if "1,000 steps" in text] == [2]
 
 
 def drawn_by(function, monkeypatch):

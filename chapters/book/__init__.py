@@ -29,7 +29,7 @@ from .plotting import (
     show,
     show_figures_as_html,
 )
-from .widgets import compare, predict, slider, studio
+from .widgets import compare, predict, row, slider, studio
 
 __all__ = [
     "BLACK",
@@ -54,6 +54,7 @@ __all__ = [
     "predict",
     "restoring",
     "result",
+    "row",
     "show",
     "slider",
     "studio",

@@ -12,7 +12,7 @@ from .loading import result
 LIT = {
     0: {"autoencoder", "scale", "noise", "unet", "loss", "text", "guidance", "sampler", "draw"},
     1: {"noise"},
-    2: {"noise", "unet", "loss", "sampler"},
+    2: {"noise", "unet", "loss", "DDPM sampler"},
     3: {"autoencoder"},
     4: {"scale"},
     5: {"text", "unet"},
@@ -127,15 +127,22 @@ class _Map:
         latents = self.latents
         y = 470
         drawing.words(20, 402, "Draw", anchor="start", kind="bold")
-        parts = {"sampler", "draw"} & self.lit
+        slow = "DDPM sampler" in self.lit  # in chapter 2, before DDIM is known
+        sampler = "DDPM sampler" if slow else "sampler"
+        steps = "1,000 steps" if slow else "50 steps"
+        parts = {sampler, "draw"} & self.lit
         drawing.image(60, y, 72, latents["z_T"], faint=not parts)
         drawing.words(60, y + 50, "pure noise z_T", faint=not parts)
-        drawing.arrow([(98, y), (432, y)], faint=faint("sampler"))
-        drawing.box(495, y, 120, 56, "U-Net,\n50 steps", "network", faint=faint("sampler"))
-        drawing.arrow([(495, 499), (495, 530), (330, 530), (330, y + 4)], faint=faint("sampler"))
-        drawing.words(318, 512, "DDIM step", anchor="end", faint=faint("sampler"))
-        badge(225, 512, 7, "sampler")
-        drawing.arrow([(556, y), (592, y)], faint=faint("sampler"))
+        drawing.arrow([(98, y), (432, y)], faint=faint(sampler))
+        drawing.box(495, y, 120, 56, f"U-Net,\n{steps}", "network", faint=faint(sampler))
+        drawing.arrow([(495, 499), (495, 530), (330, 530), (330, y + 4)], faint=faint(sampler))
+        if slow:
+            drawing.words(318, 500, "DDPM step", anchor="end")
+            badge(222, 500, 2, sampler)
+        height = 529 if slow else 512
+        drawing.words(318, height, "DDIM step", anchor="end", faint=faint("sampler"))
+        badge(225, height, 7, "sampler")
+        drawing.arrow([(556, y), (592, y)], faint=faint(sampler))
         drawing.image(630, y, 72, latents["z_0"], faint=not parts)
         drawing.words(630, y + 50, "scaled latent z_0", faint=not parts)
         drawing.words(684, y - 48, "÷ scale factor", faint=faint("scale"))
@@ -149,6 +156,7 @@ class _Map:
 def pipeline(chapter: int = 0) -> None:
     """The map of latent diffusion: two trainings, and drawing. `chapter`'s part is lit."""
     lit = LIT[chapter]
+    times = "a thousand times" if "DDPM sampler" in lit else "fifty times"
     parts = _Map(lit)
     parts.squeeze()
     parts.predict_noise()
@@ -158,7 +166,7 @@ def pipeline(chapter: int = 0) -> None:
         "Map of latent diffusion in three rows. Stage 1: an image passes the encoder, becomes a "
         "small latent, and the decoder restores it; four losses compare. Stage 2: the scaled "
         "latent plus noise passes the U-Net, which predicts the noise; the text encoder tells it "
-        "the caption. Draw: pure noise passes the U-Net fifty times, is divided by the scale "
+        f"the caption. Draw: pure noise passes the U-Net {times}, is divided by the scale "
         "factor, and passes the decoder once. "
         + ("All parts are lit." if len(lit) > 6 else f"Lit: {', '.join(sorted(lit))}.")
     )
@@ -211,44 +219,53 @@ def residual_block(
     drawing.show(
         "A residual block. The upper path: GroupNorm and SiLU, a 3 by 3 convolution, plus, "
         "GroupNorm and SiLU, a second convolution, and a plus where the shortcut adds "
-        "the input. Below, the timestep becomes sines and cosines, passes two linear layers, "
-        "and a last linear layer adds one number to each channel at the first plus."
+        "the input. Below, the timestep becomes sines and cosines, the time embedding, and a "
+        "linear layer adds one number to each channel at the first plus."
     )
 
 
 def pixel_unet() -> None:
-    """The U-Net of chapter 2, on pixels: three levels, and their shapes."""
-    drawing = Drawing(864, 400)
-    levels = [(70, 32, 32), (170, 64, 16), (270, 128, 8)]
-    for i, (y, channels, side) in enumerate(levels):
-        left, right = 190 + 70 * i, 674 - 70 * i
-        drawing.box(left, y, 96, 48, "Block", "network")
-        drawing.box(right, y, 96, 48, "Block", "network")
-        drawing.arrow([(left + 50, y), (right - 52, y)], dashed=True)
-        drawing.words(432, y - (34 if i == 2 else 16), f"skip ({channels}, {side}, {side})")
-        x, below = left + 70, y + 100 if i < 2 else y + 86
-        drawing.arrow([(left + 20, y + 26), (x if i < 2 else 400, below - 26)])
-        drawing.arrow([(right - 70 if i < 2 else 464, below - 26), (right - 20, y + 27)])
-    drawing.words(205, 122, "halve", anchor="end")
-    drawing.words(275, 222, "halve", anchor="end")
-    drawing.words(345, 318, "halve", anchor="end")
-    drawing.words(660, 122, "double", anchor="start")
-    drawing.words(590, 222, "double", anchor="start")
-    drawing.words(520, 318, "double", anchor="start")
-    drawing.box(432, 356, 124, 48, "Block", "network")
-    drawing.words(520, 370, "(128, 4, 4)", anchor="start")
-    drawing.words(46, 70, "x_t\n(3, 32, 32)")
-    drawing.arrow([(92, 70), (138, 70)])
-    drawing.words(114, 52, "conv")
-    drawing.arrow([(724, 70), (764, 70)])
-    drawing.words(742, 52, "conv")
-    drawing.words(808, 70, "ε̂\n(3, 32, 32)")
-    drawing.words(46, 300, "t enters\nevery Block")
+    """The U-Net of chapter 2, on pixels: its Blocks, and the shapes between them."""
+    drawing = Drawing(864, 446)
+
+    def block(x: float, y: float, maps: str, t_x: float) -> None:
+        drawing.box(x, y, 110, 54, f"Block\n{maps}", "network")
+        drawing.words(t_x, y - 60, "t")
+        drawing.arrow([(t_x, y - 50), (t_x, y - 28)])
+
+    # the shape of the skip, the same halved, and the maps into and out of both Blocks
+    levels = [
+        ("(32, 32, 32)", "(32, 16, 16)", "32 → 32", "64 → 32"),
+        ("(64, 16, 16)", "(64, 8, 8)", "32 → 64", "128 → 32"),
+        ("(128, 8, 8)", "(128, 4, 4)", "64 → 128", "256 → 64"),
+    ]
+    low = 404
+    for i, (shape, halved, down, up) in enumerate(levels):
+        y, left, right = 84 + 110 * i, 190 + 50 * i, 674 - 50 * i
+        block(left, y, down, left + 30)
+        block(right, y, up, right - 30)
+        drawing.arrow([(left + 56, y), (right - 57, y)], dashed=True)
+        drawing.words(432, y - 15, f"skip {shape}")
+        last = i == 2
+        drawing.arrow([(left - 5, y + 28), (375, low - 12) if last else (left + 30, y + 82)])
+        drawing.arrow([(489, low - 12) if last else (right - 30, y + 82), (right + 5, y + 28)])
+        side = 34 if last else -3
+        middle = y + (68 if last else 56)
+        drawing.words(left + side, middle, f"halve: {halved}", anchor="end")
+        drawing.words(right - side, middle, f"double: {shape}", anchor="start")
+    block(432, low, "128 → 128", 432)
+    drawing.words(46, 84, "x_t\n(3, 32, 32)")
+    drawing.arrow([(92, 84), (133, 84)])
+    drawing.words(112, 66, "conv")
+    drawing.arrow([(731, 84), (772, 84)])
+    drawing.words(753, 66, "conv")
+    drawing.words(818, 84, "ε̂\n(3, 32, 32)")
     drawing.show(
         "The U-Net of this chapter. An image of 3 by 32 by 32 passes three blocks on the way down, "
-        "at sides of 32, 16 and 8 with 32, 64 and 128 channels, a middle block at side 4, and "
-        "three blocks on the way up. Dashed skips carry each level's features across. The time "
-        "enters every block."
+        "at sides of 32, 16 and 8 with 32, 64 and 128 maps, a middle block at side 4 with 128 "
+        "maps, and three blocks on the way up. There the doubled maps and the maps of the dashed "
+        "skip go in together: 256, 128 and 64; and 64, 32 and 32 come out. A small arrow shows "
+        "that t enters every block."
     )
 
 

@@ -89,7 +89,8 @@ def _image(image: Tensor | tuple | plt.Figure, alt: str, factor: int) -> str:
     tags = []
     for x in images:
         width = height * x.shape[-1] / x.shape[-2]
-        style = "image-rendering: pixelated; margin-right: 8px;"
+        style = "image-rendering: pixelated; margin-right: 8px; "
+        style += "outline: 1px solid #cccccc; outline-offset: -1px;"  # where a white image ends
         tags.append(image_tag(png(x, 1), alt if x is images[-1] else "", width, style=style))
     return "".join(tags)
 
@@ -135,6 +136,12 @@ def slider(
         f'style="width: min(420px, 60%); vertical-align: middle" '
         f'oninput="{_script(SLIDE)}"></label>{button}{frames}</div>'
     )
+
+
+def row(images: Sequence[Tensor], label: str, factor: int = 6) -> HTML:
+    """Images side by side under their label, as large and as far apart as in a slider's frame."""
+    pictures = _image(tuple(images), label, factor)
+    return HTML(f"<div><div>{html.escape(label)}</div><div>{pictures}</div></div>")
 
 
 def compare(

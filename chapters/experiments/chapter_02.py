@@ -62,7 +62,8 @@ class SimpleUNet(nn.Module):
         h = self.middle(h, t_emb)  # (B, 4c, 4, 4)
         for block in self.up:
             h = F.interpolate(h, scale_factor=2.0)
-            h = block(torch.cat([h, skips.pop()], dim=1), t_emb)
+            h = torch.cat([h, skips.pop()], dim=1)  # pop: the last one put in, of the same size
+            h = block(h, t_emb)  # (B, 2c, 8, 8), (B, c, 16, 16), (B, c, 32, 32)
         return self.conv_out(F.silu(h))
 
 
@@ -75,7 +76,9 @@ def train(net, draw, steps, batch_size, learning_rate):
         x = draw(batch_size)
         t = torch.randint(schedule.T, (batch_size,))
         eps = torch.randn_like(x)
-        loss = F.mse_loss(net(schedule.add_noise(x, t, eps), t), eps)
+        x_t = schedule.add_noise(x, t, eps)
+        eps_hat = net(x_t, t)
+        loss = F.mse_loss(eps_hat, eps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -156,15 +159,10 @@ def long_training(steps, batch, rate):
 
 
 # The chapter shows this definition; tests/test_experiments.py compares them.
-def clipped(guess):
-    """A prediction of the noise that leads to pixels in [-1, 1]."""
-
-    def guess_clipped(x_t, t):
-        alpha_bar = schedule.alpha_bars[int(t[0])].item()
-        x_0_hat = predict_z0(x_t, guess(x_t, t), alpha_bar).clamp(-1, 1)
-        return (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5
-
-    return guess_clipped
+def clipped(eps_hat, x_t, alpha_bar):
+    """The noise that leads from x_t to a predicted image whose pixels are cut to [-1, 1]."""
+    x_0_hat = predict_z0(x_t, eps_hat, alpha_bar).clamp(-1, 1)
+    return (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5
 
 
 @common.experiment(
@@ -178,10 +176,15 @@ def film(steps, batch, rate, at):
         losses.append(loss)
         if len(losses) % 100 == 0:
             print(len(losses), sum(losses[-100:]) / 100, flush=True)
+
+    def unet_clipped(x_t, t):
+        alpha_bar = schedule.alpha_bars[t[0]].item()  # all images of a step have the same t
+        return clipped(unet(x_t, t), x_t, alpha_bar)
+
     start = torch.randn(16, 3, 32, 32)
     tiles, ends = [], []
     with torch.no_grad():
-        for guess in (clipped(unet), unet):
+        for guess in (unet_clipped, unet):
             generator = torch.Generator().manual_seed(1)
             for t, x, _ in ddpm_sample(guess, schedule, start, generator=generator):
                 if guess is not unet and t in at:

@@ -28,7 +28,7 @@ EXERCISES["2.2"] = Exercise(
     mistakes={
         "that is the clean image, not the noise": lambda x, v, a: a**0.5 * x - (1 - a) ** 0.5 * v,
     },
-    otherwise="solve the two equations of 2.6, of x_t and of v, for eps",
+    otherwise="solve the two equations of 2.8, of x_t and of v, for eps",
     also_wrong={"two equations": lambda x, v, a: v},
 )
 
