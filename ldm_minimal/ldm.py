@@ -1091,7 +1091,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a tokenizer.json of the `tokenizers` library."""
-        self.engine.save(str(path))
+        self.engine.save(str(path), pretty=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike, length: int = 77) -> Tokenizer:

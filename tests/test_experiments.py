@@ -65,8 +65,8 @@ def test_a_result_of_another_command_is_found(results):
 
 
 def test_a_result_that_is_too_large_is_found(results):
-    (results / "07" / "steps.png").write_bytes(bytes(check.LARGEST + 1))
-    assert check.missing() == [f"{results / '07' / 'steps.png'} is larger than 300 kB"]
+    (results / "07" / "steps.webp").write_bytes(bytes(check.LARGEST + 1))
+    assert check.missing() == [f"{results / '07' / 'steps.webp'} is larger than 300 kB"]
 
 
 def test_a_result_that_a_chapter_reads_and_nothing_makes_is_found(monkeypatch):

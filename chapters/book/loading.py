@@ -68,8 +68,8 @@ def result(name: str) -> dict:
         command = f"python chapters/experiments/chapter_{name[:2]}.py"
         raise FileNotFoundError(f"{path} does not exist; {command} makes it")
     numbers = json.loads(path.read_text(encoding="utf-8"))
-    if path.with_suffix(".png").is_file():
-        with Image.open(path.with_suffix(".png")) as image:
+    if path.with_suffix(".webp").is_file():
+        with Image.open(path.with_suffix(".webp")) as image:
             pixels = np.array(image.convert("RGB"))
         strip = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, 32, N * 32)
         numbers["pictures"] = torch.stack(strip.split(strip.shape[1], dim=2)) / 127.5 - 1

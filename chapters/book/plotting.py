@@ -92,13 +92,13 @@ def html_of_figure(figure: plt.Figure) -> str:
 
 
 def webp_of_figure(figure: plt.Figure) -> bytes:
-    """The figure with 128 colours, without further loss: a fraction of a PNG's bytes."""
+    """The figure with 256 colours, without further loss: a fraction of a PNG's bytes."""
     file = io.BytesIO()
     dpi = CSS_DPI * SHARPNESS
     figure.savefig(file, format="png", dpi=dpi)
     picture = Image.open(file).convert("RGB")
     method = Image.Quantize.MAXCOVERAGE
-    picture = picture.quantize(128, method=method, kmeans=2, dither=Image.Dither.NONE)
+    picture = picture.quantize(256, method=method, kmeans=2, dither=Image.Dither.NONE)
     file = io.BytesIO()
     picture.convert("RGB").save(file, "webp", lossless=True, method=4, quality=30)
     return file.getvalue()

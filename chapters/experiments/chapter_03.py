@@ -382,36 +382,20 @@ def losses(steps, seeds):
     return compare_recipes(names, steps, seeds)
 
 
+@common.experiment("03/longer", steps=1600, seeds=[0])
+def longer(steps, seeds):
+    """Four of the recipes of 03/losses with four times the steps; as an example."""
+    return compare_recipes(["L2", "L1", "L1 + own features", ALL_THREE], steps, seeds)
+
+
 @common.beginning("03/losses")
+@common.beginning("03/longer")
 def twenty_steps_of_l1(record):
     data = speckled(load_data("train", version=2).batch(slice(0, 6000)), seed=0)
     recipe = (loss_with(), None, None)
     _, training = new_training(recipe, data, record["seeds"][0], record["steps"])
     now = common.first_mean((terms["l1"].item() for terms in training), 20)
     return [now], record["variants"]["L1"][0]["curves"]["l1"][:1]
-
-
-@common.experiment("03/longer", steps=1600, seeds=[0])
-def longer_l1(steps, seeds):
-    """L1 alone on speckled scenes, with four times the steps of 03/losses; as an example."""
-    x = speckled(load_data("test", version=2).batch(slice(0, 128)), seed=1)
-    data = speckled(load_data("train", version=2).batch(slice(0, 6000)), seed=0)
-    found, tiles = [], []
-    for seed in seeds:
-        net, training = new_training((loss_with(), None, None), data, seed, steps)
-        history = [{key: term.item() for key, term in terms.items()} for terms in training]
-        with torch.no_grad():
-            x_hat = net.eval()(x)[0].clamp(-1, 1)
-        scores = {
-            "psnr": psnr(x, x_hat).mean().item(),
-            "l1": (x - x_hat).abs().mean().item(),
-            "gradient_energy": gradient_energy(x_hat) / gradient_energy(x),
-        }
-        scores = {key: common.short(value) for key, value in scores.items()}
-        found.append(scores | {"curves": {"l1": common.means([h["l1"] for h in history], 100)}})
-        tiles.append(x_hat[:6])
-        print(seed, scores, flush=True)
-    return {"variants": {"L1": found}}, torch.cat(tiles)
 
 
 @common.experiment("03/schedule", steps=400, seeds=SEEDS, weight=3000.0)

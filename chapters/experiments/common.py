@@ -1,7 +1,7 @@
 """What the experiments share: how a result is made and recorded, and measures of several chapters.
 
 A result is results/NN/NAME.json: numbers, with the command, seed, machine and minutes that made
-them; and results/NN/NAME.png where there are images. `book.result("NN/NAME")` reads both.
+them; and results/NN/NAME.webp where there are images. `book.result("NN/NAME")` reads both.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def make(name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     if images is not None:
-        side_by_side(images).save(path.with_suffix(".png"), optimize=True)
+        strip = side_by_side(images)
+        strip.save(path.with_suffix(".webp"), lossless=True, method=6, quality=100)
     print(f"{path}: {record['minutes']} minutes")
 
 
