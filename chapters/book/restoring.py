@@ -136,7 +136,8 @@ def distances(of_each: dict[str, dict[str, float]]) -> None:
         axis.barh(list(values), list(values.values()), color=SKY)
         for i, value in enumerate(values.values()):
             axis.text(value, i, f" {value:.2f}", va="center")
-        axis.set(title=network, xlabel="mean distance", xlim=(0, 1.2 * max(values.values())))
+        axis.set(title=network, xlabel="mean distance", xlim=(0, 1.25 * max(values.values())))
+        axis.locator_params(axis="x", nbins=4)
     panels[0].invert_yaxis()
     plt.show()
 
@@ -188,11 +189,12 @@ def verdicts(images: dict[str, Tensor], logits: dict[str, Tensor], scenes: Seque
 
 
 def adversarial_curves(
-    at: Sequence[int], variants: dict[str, list[dict]], factor: float, fixed: float
+    at: Sequence[int], variants: dict[str, list[dict]], factor: float, fixed: float, starts: int
 ) -> None:
     """The absolute error of each variant, and `factor` times the adaptive weight, by step.
 
-    variants: {name: [{"l1": [...], "weight": [...]} of each seed]}; their means are shown.
+    variants: {name: [{"l1": [...], "weight": [...]} of each seed]}; their means are shown. The
+    weight is `fixed` from step `starts` on in the variant that has none.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     errors, weights = {}, {}
@@ -207,7 +209,7 @@ def adversarial_curves(
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     title = "weight of the adversarial term"
     curves(weights, axis=right, x="step", y="weight", title=title, yscale="log")
-    right.axhline(fixed, color=GREEN, linestyle="-.")
+    right.hlines(fixed, starts, at[-1], color=GREEN, linestyle="-.")
     right.text(at[-1], 0.8 * fixed, f"fixed weight {fixed:,.0f}", color=GREEN, ha="right", va="top")
     right.get_legend().remove()
     figure.set_label(
