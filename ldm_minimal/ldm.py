@@ -186,7 +186,8 @@ class Config:
     adversarial_start: int = 500  # first step of the discriminator
     discriminator_head_start: int = 300  # steps in which it learns and the autoencoder ignores it
     discriminator_layers: int = 2  # it judges patches of 16, 34 or 70 pixels with 1, 2 or 3
-    discriminator_rate: float = 1e-3  # its learning rate (AdamW), the same in all steps
+    discriminator_rate: float = 1e-3  # its learning rate, the same in all steps
+    discriminator_muon: bool = False  # it learns by Muon; False: by AdamW
     snr_clip: float | None = None  # see `snr_weight`
 
     def autoencoder_weights(self) -> dict[str, float]:
@@ -248,8 +249,11 @@ SHAPES = Config(
     denoiser_training=TrainConfig(steps=2000, batch_size=64, learning_rate=8e-3, muon=True),
     perceptual_weight=0.2,
     adversarial_weight=0.25,
-    adversarial_start=600,
+    adversarial_start=500,
+    discriminator_head_start=400,
     discriminator_layers=1,
+    discriminator_rate=3e-4,
+    discriminator_muon=True,
     snr_clip=1.0,
 )
 
@@ -2133,9 +2137,9 @@ def train_autoencoder(
     perceptual: by default on the features of the model's own image encoder; another's weights must
     lie on the accelerator's device. discriminator: by default a `PatchDiscriminator` (seed torch
     for its first weights). It joins at step `model.config.adversarial_start`, and is heard
-    `discriminator_head_start` steps later; the weights of all terms are the config's, too. It
-    learns by AdamW: with Muon it would win at once. Over several processes each takes the adaptive
-    weight of its own share, as CompVis does. Call `measure_scale_factor` afterwards.
+    `discriminator_head_start` steps later; the weights of all terms are the config's, too. Over
+    several processes each takes the adaptive weight of its own share, as CompVis does. Call
+    `measure_scale_factor` afterwards.
     """
     accelerator = _begin(accelerator, config, data)
     data = data.to(accelerator.device)
@@ -2197,13 +2201,15 @@ def train_autoencoder(
 def _discriminator_trainer(
     discriminator: nn.Module, model: LatentDiffusion, config: TrainConfig, accelerator: Accelerator
 ) -> Trainer:
-    """AdamW at a constant rate of its own."""
+    """At a constant rate of its own. What tells a good restoration from its original shows only in
+    small gradients: Muon learns it sooner than AdamW, and at AdamW's usual rate would win at once.
+    """
     recipe = dataclasses.replace(
         config,
         learning_rate=model.config.discriminator_rate,
         warmup_steps=0,
         final_lr=1.0,
-        muon=False,
+        muon=model.config.discriminator_muon,
     )
     return Trainer(discriminator, recipe, accelerator)
 

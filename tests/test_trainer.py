@@ -223,6 +223,27 @@ def test_the_discriminator_has_a_constant_rate_of_its_own(muon, tiny, data):
     assert max(moves).item() == pytest.approx(2e-3, rel=0.05)
 
 
+def test_the_discriminator_learns_by_muon_where_the_config_says_so(tiny, data):
+    """Muon's step is almost orthogonal: all of its singular values are about the same."""
+    tiny.config = dataclasses.replace(
+        tiny.config,
+        adversarial_start=0,
+        discriminator_head_start=0,
+        discriminator_rate=1e-2,
+        discriminator_muon=True,
+    )
+    discriminator = PatchDiscriminator(8, 1)
+    before = copy.deepcopy(discriminator)
+    config = TrainConfig(steps=1, batch_size=8, learning_rate=1e-3)
+    list(train_autoencoder(tiny, data, config, discriminator=discriminator))
+    for weight, old in zip(discriminator.parameters(), before.parameters()):
+        if weight.ndim == 4:
+            decayed = old * (1 - 1e-2 * 0.01)
+            step = (weight - decayed).detach().flatten(1) / 1e-2
+            values = torch.linalg.svdvals(step) / (0.2 * max(step.shape) ** 0.5)
+            assert 0.5 < values.min() and values.max() < 1.35
+
+
 def test_ema_follows_its_definition():
     module = torch.nn.Linear(3, 3)
     ema = EMA(module, decay=0.9)
