@@ -51,23 +51,32 @@ def train_and_evaluate(out, seed, threads, captions, options):
             command, env=environment, stdout=subprocess.PIPE, stderr=log, check=True
         )
     scores = json.loads(done.stdout)
-    scores["minutes"] = minutes_of(out / "log.csv")
+    with open(out / "log.csv", newline="") as file:
+        log = list(csv.DictReader(file))
+    scores["minutes"] = minutes_of(log)
+    scores["discriminator lives"] = share_of_a_living_discriminator(log)
     result.write_text(json.dumps(scores))
     return scores
 
 
 def minutes_of(log):
     """What the trainings took, also if the run was stopped and went on."""
-    with open(log, newline="") as file:
-        last = {row["stage"]: float(row["seconds"]) for row in csv.DictReader(file)}
+    last = {row["stage"]: float(row["seconds"]) for row in log}
     return sum(last.values()) / 60
+
+
+def share_of_a_living_discriminator(log):
+    """Of the logged steps since it joined, those in which its loss lies between 0.4 and 0.9."""
+    losses = [float(row["discriminator"]) for row in log if row["discriminator"]]
+    return sum(0.4 <= loss <= 0.9 for loss in losses) / len(losses)
 
 
 def row_of(scores):
     """The figures of a run's line in the table."""
     accuracy = scores["guidance"][GUIDANCE]["accuracy"]
     row = [accuracy[name] for name in COLUMNS]
-    return [*row, scores["ceiling"]["all"], scores["psnr"], scores["minutes"]]
+    row += [scores["ceiling"]["all"], scores["discriminator lives"]]
+    return [*row, scores["psnr"], scores["minutes"]]
 
 
 def main():
@@ -86,8 +95,8 @@ def main():
             arguments_of_run = (out, seed, given.threads, given.captions, given.options)
             futures.append(pool.submit(train_and_evaluate, *arguments_of_run))
         rows = []
-        names = [*COLUMNS, "ceiling", "PSNR", "minutes"]
-        print("seed     " + "".join(f"{name:>12}" for name in names))
+        names = [*COLUMNS, "ceiling", "discr. lives", "PSNR", "minutes"]
+        print("seed     " + "".join(f"{name:>13}" for name in names))
         for seed, future in zip(given.seeds, futures, strict=True):
             rows.append(row_of(future.result()))
             print(f"{seed:<9}" + cells(rows[-1]), flush=True)
@@ -97,7 +106,7 @@ def main():
 
 def cells(row):
     *shares, psnr, minutes = row
-    return "".join(f"{share:>12.1%}" for share in shares) + f"{psnr:>9.2f} dB{minutes:>12.1f}"
+    return "".join(f"{share:>13.1%}" for share in shares) + f"{psnr:>10.2f} dB{minutes:>13.1f}"
 
 
 if __name__ == "__main__":
