@@ -2202,7 +2202,7 @@ def _discriminator_trainer(
     discriminator: nn.Module, model: LatentDiffusion, config: TrainConfig, accelerator: Accelerator
 ) -> Trainer:
     """At a constant rate of its own. What tells a good restoration from its original shows only in
-    small gradients: Muon learns it sooner than AdamW, and at AdamW's usual rate would win at once.
+    small gradients: Muon learns it sooner than AdamW.
     """
     recipe = dataclasses.replace(
         config,
