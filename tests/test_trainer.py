@@ -273,7 +273,7 @@ def trained(
     """
     model = copy.deepcopy(tiny)
     model.config = dataclasses.replace(
-        model.config, adversarial_start=2, discriminator_head_start=1
+        model.config, adversarial_start=2, discriminator_head_start=1, discriminator_muon=muon
     )
     torch.manual_seed(torch_seed)
     accelerator = Accelerator()
