@@ -2201,8 +2201,8 @@ def train_autoencoder(
 def _discriminator_trainer(
     discriminator: nn.Module, model: LatentDiffusion, config: TrainConfig, accelerator: Accelerator
 ) -> Trainer:
-    """At a constant rate of its own. What tells a good restoration from its original shows only in
-    small gradients: Muon learns it sooner than AdamW.
+    """It learns at a constant rate of its own. What tells a good restoration from its original
+    shows only in small gradients, which Muon follows sooner than AdamW.
     """
     recipe = dataclasses.replace(
         config,
