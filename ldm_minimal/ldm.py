@@ -1810,6 +1810,7 @@ class Muon(torch.optim.Optimizer):
         """The step with the learning rates of the groups as tensors, as a CUDA graph needs them."""
         for group, lr in zip(self.param_groups, rates, strict=True):
             momentum = group["momentum"]
+            decay = 1 - lr * group["weight_decay"]
             by_shape = {}  # matrices of one shape become orthogonal together
             for weight in group["params"]:
                 if weight.grad is not None:
@@ -1822,7 +1823,7 @@ class Muon(torch.optim.Optimizer):
                 matrices = torch.stack(updates).flatten(2)  # (N, rows, columns)
                 directions = _orthogonal(matrices).view(-1, *weights[0].shape)
                 directions = directions * (lr * 0.2 * max(matrices.shape[1:]) ** 0.5)
-                torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+                torch._foreach_mul_(weights, decay)
                 torch._foreach_sub_(weights, list(directions))
         return {}
 
