@@ -52,11 +52,7 @@ from .metrics import all_scores, image_features, load_lpips, print_scores
 from .sample import save_sheet
 
 STAGES = ("clip", "evaluator", "autoencoder", "denoiser")
-TRAININGS = (
-    "clip",
-    "autoencoder",
-    "denoiser",
-)  # with options of their own; the evaluator is a clip
+TRAININGS = ("clip", "autoencoder", "denoiser")  # with own options; the evaluator is a clip
 PROMPTS = [
     "a red circle above a blue square",
     "a small green star on a white background",
@@ -437,7 +433,6 @@ def stage_image(
 ) -> None:
     """What the stage can do now: captions it finds, images it restores, prompts it draws."""
     x = data.batch(slice(0, 8)).to(model.device)
-    captions = data.captions[:8]
     if stage == "clip":
         clip = CLIP(model.tokenizer, model.text_encoder, model.image_encoder)
         candidates = data.captions[:100]
@@ -449,7 +444,7 @@ def stage_image(
         labels = ["original"] * len(x) + ["restored"] * len(x)
         save_sheet(out / "autoencoder.png", torch.cat([x, x_hat]), labels, columns=8)
     elif stage == "denoiser":
-        prompts = PROMPTS if model.config.name == "shapes" else captions
+        prompts = example_prompts(data)
         generator = torch.Generator().manual_seed(0)
         drawn = model.generate(prompts, guidance=5.0, generator=generator)
         save_sheet(out / "samples.png", drawn, prompts)
@@ -481,8 +476,13 @@ def report(
             partial.write_text(json.dumps(scores, indent=2) + "\n")
         print(f"scores   {out / 'scores.json'}")
         print_scores(scores)
-    prompt = PROMPTS[0] if model.config.name == "shapes" else data.captions[0]
+    prompt = example_prompts(data)[0]
     print(f'draw your own: python -m ldm_minimal sample "{prompt}" --model {out}')
+
+
+def example_prompts(data: CaptionedImages) -> list[str]:
+    """Eight prompts for our own scenes; for other images, the captions of the first eight."""
+    return PROMPTS if "scene" in data.rows[0] else data.captions[:8]
 
 
 @torch.no_grad()

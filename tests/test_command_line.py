@@ -262,7 +262,7 @@ def test_train_from_the_first_image_to_the_scores(here, capsys):
     assert Image.open(here / "out.png").size == (256, 256)
 
 
-def test_train_on_a_folder_of_ones_own_images(here):
+def test_train_on_a_folder_of_ones_own_images(here, capsys):
     """Any imagefolder will do: other sizes, transparency, subfolders, no test split."""
     own = here / "own"
     (own / "sub").mkdir(parents=True)
@@ -273,6 +273,7 @@ def test_train_on_a_folder_of_ones_own_images(here):
     (own / "metadata.jsonl").write_text("\n".join(rows))
     assert main(["train", "--data", "own", "--out", "new", *FEW_STEPS]) == 0
     assert (here / "new/samples.png").exists()
+    assert 'ldm_minimal sample "image 0"' in capsys.readouterr().out  # its own caption, no circle
 
 
 @pytest.mark.slow
@@ -284,7 +285,7 @@ def test_the_options_of_train_reach_the_recipe(here):
     assert denoiser["learning_rate"] == 0.001
     assert denoiser["grad_accum_steps"] == 2 and clip["grad_accum_steps"] == 1
     assert denoiser["batch_size"] == 4 and clip["steps"] == 2
-    # The discriminator joins, and is heard, after the same share: 600 and 900 of 1,500 steps.
+    # The discriminator joins, and is heard, after the same share: 500 and 900 of 1,500 steps.
     assert config["autoencoder_training"]["steps"] == 5 and config["adversarial_start"] == 2
     assert config["discriminator_head_start"] == 1
 
