@@ -6,7 +6,7 @@ import argparse
 import json
 
 from .cli import add_seed, number
-from .files import SHIPPED, best_device, data_folder, load_part, read_split
+from .files import SHIPPED, best_device, data_folder, data_of_run, load_part, read_split
 from .ldm import CLIP, LatentDiffusion
 from .metrics import all_scores, print_scores
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=SHIPPED, help="a run's folder (default: the shipped model)"
     )
     parser.add_argument(
-        "--data", help="a data set with test/ (default: the model's own, drawn if it is not there)"
+        "--data", help="a data set with test/ (default: the one that the run was trained on)"
     )
     parser.add_argument("--guidance", type=number(float, 0, 100), nargs="+", default=[5.0])
     parser.add_argument(
@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> None:
     """The command. Raises ValueError or OSError for what is wrong with its options."""
     model = load_part(args.model, "model", LatentDiffusion).to(best_device())
     evaluator = load_part(args.model, "evaluator", CLIP).to(model.device)
-    folder = data_folder(args.data, model.config.image_size, dataset=model.config.name)
+    data = args.data or data_of_run(args.model)
+    folder = data_folder(data, model.config.image_size, dataset=model.config.name)
     test = read_split(folder, "test", model.config.image_size)
     scores = all_scores(model, evaluator, test, args.guidance, args.captions, args.seed)
     if args.json:

@@ -187,6 +187,12 @@ def read_record(path: pathlib.Path) -> dict:
         raise ValueError(f"{path} is no record of a run of ours") from None
 
 
+def data_of_run(folder: str | os.PathLike) -> str | None:
+    """The --data of a run; None for the repository's own data set, or where nothing tells."""
+    path = pathlib.Path(folder) / "run.json"
+    return read_record(path)["settings"].get("data") if path.is_file() else None
+
+
 def load_part(folder: str | os.PathLike, part: str, kind: type) -> CLIP | LatentDiffusion:
     """`part` ("model" or "evaluator") of a run's folder; or the folder of a saved model."""
     folder = pathlib.Path(folder)

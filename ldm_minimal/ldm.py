@@ -41,6 +41,7 @@ References
 
 from __future__ import annotations
 
+import codecs
 import copy
 import dataclasses
 import functools
@@ -68,7 +69,7 @@ __all__ = [
     "TextConfig", "ImageConfig", "AutoencoderConfig", "UNetConfig", "TrainConfig", "Config",
     "SHAPES", "EMOJI", "SD1", "NAMED_SIZES",
     # noise, the denoising loss, DDPM
-    "NoiseSchedule", "timestep_embedding", "denoising_loss", "snr_weight",
+    "NoiseSchedule", "denoising_loss", "snr_weight",
     "predict_z0", "ddpm_step", "ddpm_sample",
     # autoencoder
     "zero_init", "ResBlock", "Attention", "AttentionBlock", "Downsample", "Upsample",
@@ -78,7 +79,7 @@ __all__ = [
     "CaptionedImages", "encode_all", "measure_scale_factor",
     # text, U-Net
     "Tokenizer", "TextBlock", "TextEncoder", "ImageEncoder", "CLIP", "clip_loss",
-    "TransformerBlock", "UNetBlock", "UNet",
+    "TransformerBlock", "timestep_embedding", "UNetBlock", "UNet",
     # guidance, DDIM, pipeline
     "guided_eps", "ddim_timesteps", "ddim_step", "ddim_sample", "ddim_invert", "LatentDiffusion",
     # training
@@ -112,7 +113,7 @@ class ImageConfig:
     width: int = 32  # channels at full resolution
     channel_mult: tuple[int, ...] = (1, 2, 4)  # channels of each level, in multiples of width
     num_groups: int = 8  # of every GroupNorm
-    pool: int = 1  # the last map is averaged in pool x pool fields; 1 loses the positions
+    pool: int = 1  # the last map is averaged to pool x pool cells; with 1, places are lost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +190,15 @@ class Config:
     discriminator_rate: float = 1e-3  # its learning rate, the same in all steps
     discriminator_muon: bool = False  # it learns by Muon; False: by AdamW
     snr_clip: float | None = None  # see `snr_weight`
+
+    def __post_init__(self):
+        c, width = self.autoencoder.latent_channels, self.text.width
+        if (self.unet.latent_channels, self.unet.context_width) != (c, width):
+            raise ValueError(
+                f"unet has latent_channels {self.unet.latent_channels} and context_width "
+                f"{self.unet.context_width}; they must be those of the autoencoder, {c}, and the "
+                f"width of the text encoder, {width}"
+            )
 
     def autoencoder_weights(self) -> dict[str, float]:
         """The weights of the terms of `autoencoder_loss`."""
@@ -317,7 +327,8 @@ class NoiseSchedule:
 
     kind: "linear" (DDPM: beta from 1e-4 to 0.02), "scaled-linear" (Stable Diffusion: sqrt(beta)
     linear, beta from 0.00085 to 0.012) or "cosine" (Nichol & Dhariwal eq. 17). T: timesteps, at
-    least 2. Raises ValueError for another kind or T.
+    least 2. The betas of the first two are made for T = 1000; with far fewer steps the last z_t
+    still holds much of z. Raises ValueError for another kind or T.
     """
 
     def __init__(self, kind: str = "scaled-linear", T: int = 1000):
@@ -378,12 +389,24 @@ def denoising_loss(
 ) -> Tensor:
     """||eps - eps_theta(z_t, t, y)||^2, averaged over each latent. DDPM eq. 14, in latent space.
 
-    z, eps: (B, c, h, w). t: (B,). context: (B, 77, d). Returns (B,): about 1 for a network that
-    always answers 0.
+    z, eps: (B, c, h, w). t: (B,). context: (B, 77, d), or None for a network without captions.
+    Returns (B,): about 1 for a network that always answers 0.
     """
     z_t = schedule.add_noise(z, t, eps)
     eps_hat = unet(z_t, t, context)
     return (eps_hat - eps).square().mean(dim=(1, 2, 3))
+
+
+def snr_weight(schedule: NoiseSchedule, snr_clip: float | None) -> Tensor:
+    """min(SNR, snr_clip) / SNR of every timestep: (T,) float64, all 1 where snr_clip is None.
+
+    Hang et al. 2023. Where there is little noise it is hard to predict, and changes the image
+    little; with this weight such timesteps take less of a short training.
+    """
+    snr = schedule.snr()
+    if snr_clip is None:
+        return torch.ones_like(snr)
+    return snr.clamp(max=snr_clip) / snr
 
 
 # All samplers have one form; call them under torch.no_grad(). They take predict(z_t, t) ->
@@ -788,9 +811,9 @@ def adaptive_weight(
     loss has a gradient of the same size as the reconstruction. Both losses are scalars, before
     any GradScaler; norms are taken in float32. Returns a scalar in [0, limit], detached.
 
-    limit: 1e4 is CompVis' value. A discriminator that knows little has a small gradient, so its
-    weight becomes large, and the autoencoder undoes in a step what it has just learned. With a
-    low limit it can go on learning.
+    limit: 1e4 is CompVis' value. A discriminator that knows little has a small gradient, so the
+    weight becomes large, and one step of the autoencoder undoes what the discriminator has just
+    learned. With a low limit the discriminator can go on learning.
     """
     reconstruction_norm = _gradient_norm(reconstruction, last_layer)
     adversarial_norm = _gradient_norm(adversarial, last_layer)
@@ -883,7 +906,7 @@ class CaptionedImages:
                 f"{metadata} does not exist; it holds one line for each image: "
                 '{"file_name": ..., "text": ...}'
             )
-        lines = metadata.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+        lines = metadata.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
         rows = []
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -924,9 +947,11 @@ def _to_x(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1  # uint8 0 ... 255 -> [-1, 1]
 
 
-def _read_row(line: str, where: str) -> dict:
+def _read_row(line: bytes, where: str) -> dict:
     try:
         row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     for key in ("file_name", "text"):
@@ -1385,6 +1410,7 @@ class UNet(nn.Module):
         They are the same at all steps of a sampling: made once, they can be given to `forward` in
         place of the context.
         """
+        context = context.to(self.conv_in.weight.dtype)
         return [attention.keys_values(context) for attention in self.cross_attentions()]
 
     def forward(
@@ -1399,6 +1425,7 @@ class UNet(nn.Module):
         if isinstance(context, list):
             kvs = iter(context)
         else:  # each is made just before its use, and is still in the cache then
+            context = context.to(dtype)
             kvs = (attention.keys_values(context) for attention in self.cross_attentions())
         t_emb = self.time_mlp(timestep_embedding(t, self.width).to(dtype))  # (B, 4 width)
         t_emb = F.silu(t_emb)  # here once, not in each residual block
@@ -1457,7 +1484,8 @@ def ddim_timesteps(
     """The (t, alpha_bar_t, alpha_bar after the step) of each step, noisiest first.
 
     spacing: "trailing" begins at T-1 and ends without noise, at alpha_bar = 1; "leading" is
-    Stable Diffusion's: 981, 961, ... 1 for fifty steps, ending at alpha_bar_0. start: begin at
+    Stable Diffusion's: 981, 961, ... 1 for fifty steps, ending at alpha_bar_0; choose steps that
+    divide T there, or the first t lies far below T. start: begin at
     this t, so with fewer steps. Raises ValueError unless 1 <= steps <= T and 0 <= start < T.
     """
     T = schedule.T
@@ -1720,6 +1748,8 @@ def _save_model(
 ) -> None:
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for old in [*folder.glob("model*.safetensors"), folder / "tokenizer.json"]:
+        old.unlink(missing_ok=True)  # `_load_model` would read these, too
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if model.tokenizer is not None:
         model.tokenizer.save(folder / "tokenizer.json")
@@ -1880,7 +1910,7 @@ class Trainer:
         module.train().requires_grad_(True).to(accelerator.device)
         in_part = set() if part is None else set(part.parameters())
         layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        matrices = {layer.weight for layer in layers} if config.muon else set()
+        matrices = [layer.weight for layer in layers] if config.muon else []
 
         def groups(parameters: list[Tensor]) -> list[dict]:
             return [
@@ -1888,12 +1918,13 @@ class Trainer:
                 {"params": [p for p in parameters if p in in_part], "lr_scale": part_lr},
             ]
 
-        others = [p for p in module.parameters() if p not in matrices]
-        adamw = torch.optim.AdamW(groups(others), config.learning_rate, (0.9, 0.99), fused=True)
+        others = [p for p in module.parameters() if p not in set(matrices)]
+        adamw = torch.optim.AdamW(
+            groups(others), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         optimizers = [adamw]
         if matrices:
-            in_order = [layer.weight for layer in layers]
-            muon = Muon(groups(in_order), config.learning_rate)
+            muon = Muon(groups(matrices), config.learning_rate)
             muon.move = self.recorded(muon.move)
             optimizers.append(muon)
         accelerator.gradient_accumulation_steps = config.grad_accum_steps
@@ -1942,8 +1973,15 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = self.config.lr(step) * group["lr_scale"]
         self.accelerator.clip_grad_norm_(self.module.parameters(), 1.0)
+        scaler = self.accelerator.scaler  # of the loss, in fp16
         for optimizer in self.optimizers:
-            optimizer.step()
+            if scaler is None:
+                optimizer.step()
+            else:  # accelerate's own step would change the scale after each optimizer
+                scaler.step(optimizer.optimizer)
+        if scaler is not None:
+            scaler.update()
+        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=not self.records)  # a graph adds to these very tensors
         if self.ema is not None:
             self.ema.update(self.module, step)
@@ -1987,7 +2025,7 @@ class _Recorded:
         return {name: value.clone() for name, value in self.outputs.items()}
 
     def _on_another_stream(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Not on the default one, where `backward` would leave what a recording must not meet."""
+        """`backward` then adds gradients on this stream; a recording must not need the default."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             outputs = self.compute(*inputs)
@@ -2009,8 +2047,10 @@ class _Recorded:
 
 def save_state(accelerator: Accelerator, folder: str | os.PathLike, step: int) -> None:
     """Write what a training needs to go on after `step` steps, by `resume_from`."""
+    number = pathlib.Path(folder) / "step.json"
+    number.unlink(missing_ok=True)  # a killed save is then no state, rather than a mixed one
     accelerator.save_state(str(folder))
-    (pathlib.Path(folder) / "step.json").write_text(json.dumps(step))
+    number.write_text(json.dumps(step))
 
 
 def _begin(
@@ -2035,20 +2075,22 @@ def _steps(
     done = 0
     if resume_from is not None:
         try:
-            accelerator.load_state(str(resume_from))
             done = json.loads((pathlib.Path(resume_from) / "step.json").read_text())
+            accelerator.load_state(str(resume_from))
         except Exception as error:  # each library raises its own kinds
             raise ValueError(f"{resume_from} holds no state of this training: {error}") from None
     return range(done, config.steps)
 
 
 def _step_generator(seed: int, training: str, step: int) -> torch.Generator:
+    """What it draws depends on these three alone, so a resumed step draws the same."""
     stream = ["clip", "autoencoder", "scale_factor", "denoiser"].index(training)
     (state,) = np.random.SeedSequence([seed, stream, step]).generate_state(1)
     return torch.Generator().manual_seed(int(state))
 
 
 def _mean_losses(micro_batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Over the parts of a batch; with several processes, of this process's share."""
     names = micro_batches[0]
     return {name: torch.stack([m[name].detach() for m in micro_batches]).mean() for name in names}
 
@@ -2067,8 +2109,9 @@ def train_clip(
 
     The loss rewards only what tells the images of one batch apart. Among images chosen at random
     that is which words the caption has, not which word belongs to which (Yuksekgonul et al.
-    2022), and the U-Net needs both. So a batch is made of `data.pairs()` where there are any:
-    images that differ in one thing, such as which of two objects is red. text_lr: learning rate
+    2022, arXiv 2210.01936), and the U-Net needs both. So a batch is made of `data.pairs()` where
+    there are any: images that differ in one thing, such as which of two objects is red. Images
+    outside of pairs are not used then. text_lr: learning rate
     of the text tower, as a share of `config.lr`; without pairs, a tenth keeps it from losing what
     the loss does not reward. Each image meets every caption of its batch, so a batch is never
     computed in parts: grad_accum_steps is taken as 1.
@@ -2202,8 +2245,8 @@ def train_autoencoder(
 def _discriminator_trainer(
     discriminator: nn.Module, model: LatentDiffusion, config: TrainConfig, accelerator: Accelerator
 ) -> Trainer:
-    """It learns at a constant rate of its own. What tells a good restoration from its original
-    shows only in small gradients, which Muon follows sooner than AdamW.
+    """The discriminator learns at a constant rate of its own. What tells a good restoration from
+    its original shows only in small gradients, which Muon follows sooner than AdamW.
     """
     recipe = dataclasses.replace(
         config,
@@ -2229,18 +2272,6 @@ def embed_all(
     return torch.cat(contexts), model.embed([""])
 
 
-def snr_weight(schedule: NoiseSchedule, snr_clip: float | None) -> Tensor:
-    """min(SNR, snr_clip) / SNR of every timestep: (T,) float64, all 1 where snr_clip is None.
-
-    Hang et al. 2023. Where there is little noise it is hard to predict, and changes the image
-    little; with this weight such timesteps take less of a short training.
-    """
-    snr = schedule.snr()
-    if snr_clip is None:
-        return torch.ones_like(snr)
-    return snr.clamp(max=snr_clip) / snr
-
-
 def train_denoiser(
     model: LatentDiffusion,
     data: CaptionedImages,
@@ -2262,6 +2293,7 @@ def train_denoiser(
     """
     accelerator = _begin(accelerator, config, data)
     device = accelerator.device
+    scale_factor = model.scale_factor  # raises now rather than after encoding all images
     moments = encode_all(model.to(device).eval(), data)  # (N, 2c, h, w)
     contexts, empty = embed_all(model, data.captions)  # (N, 77, d), (1, 77, d)
     weights = snr_weight(model.schedule, model.config.snr_clip).float().to(device)  # (T,)
@@ -2271,7 +2303,7 @@ def train_denoiser(
 
     @trainer.recorded
     def compute(rows: Tensor, t: Tensor, drop: Tensor, eps_posterior: Tensor, eps: Tensor) -> dict:
-        z = model.scale_factor * Gaussian(moments[rows]).sample(eps_posterior)
+        z = scale_factor * Gaussian(moments[rows]).sample(eps_posterior)
         context = torch.where(drop[:, None, None], empty, contexts[rows].float())
         loss = denoising_loss(trainer.net, model.schedule, z, t, context, eps)  # (B,)
         trainer.backward((weights[t] * loss).mean())

@@ -139,6 +139,7 @@ def run(args: argparse.Namespace) -> None:
         "data": args.data,
         "perceptual": args.perceptual,
         "number of processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
     }
     with accelerator.main_process_first():
@@ -243,8 +244,8 @@ class Run:
 
     def _go_on(self) -> None:
         record = read_record(self.out / "run.json")
-        names = self.settings
-        changed = [n for n in names if record["settings"].get(n) != self.settings[n]]
+        old = record["settings"]
+        changed = [name for name, value in self.settings.items() if old.get(name, value) != value]
         if changed:
             raise ValueError(
                 f"--out {self.out} holds a run with another {' and '.join(changed)}; give its own "
@@ -364,7 +365,7 @@ def check_finite(losses: dict[str, float], stage: str, step: int) -> None:
     if not all(math.isfinite(value) for value in losses.values()):
         raise ValueError(
             f"the loss of stage {stage} is not finite at step {step}: {losses}; try a smaller "
-            "learning rate"
+            "learning rate, and another --out"
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, prepare_module, seeded
-from ldm_minimal import CLIP, SHAPES, LatentDiffusion, Tokenizer, metrics
+from ldm_minimal import CLIP, SHAPES, LatentDiffusion, Tokenizer, evaluate, metrics
 from ldm_minimal.__main__ import main
 from ldm_minimal.sample import image_sheet
 from ldm_minimal.train import mixed_precision, model_card, nearest_neighbours
@@ -260,6 +260,21 @@ def test_train_from_the_first_image_to_the_scores(here, capsys):
     prompt = "a red circle above a blue square"
     assert main(["sample", prompt, "--model", "new", "--steps", "2"]) == 0
     assert Image.open(here / "out.png").size == (256, 256)
+
+
+def test_a_run_is_evaluated_on_the_data_that_it_was_trained_on(here, monkeypatch):
+    settings = {"seed": 0, "data": "shapes"}
+    (here / "run/run.json").write_text(json.dumps({"settings": settings, "done": ["denoiser"]}))
+    asked = []
+
+    def data_folder(data, *_, **__):
+        asked.append(data)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(evaluate, "data_folder", data_folder)
+    for options in ([], ["--data", "other"]):
+        main(["evaluate", "--model", "run", *options])
+    assert asked == ["shapes", "other"]
 
 
 def test_train_on_a_folder_of_ones_own_images(here, capsys):

@@ -94,6 +94,14 @@ def test_errors_name_the_line_or_the_file(tmp_path, line, message):
         CaptionedImages.from_folder(path, 4)
 
 
+def test_captions_that_are_not_utf8_are_refused(tmp_path):
+    path = imagefolder(tmp_path / "set", [Image.new("RGB", (4, 4))])
+    line = '\n{"file_name": "0.png", "text": "caf\xe9"}'
+    (path / "metadata.jsonl").write_bytes(line.encode("latin-1"))
+    with pytest.raises(ValueError, match="line 2 is not UTF-8"):
+        CaptionedImages.from_folder(path, 4)
+
+
 def test_a_folder_without_captions_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="metadata.jsonl does not exist; it holds one"):
         CaptionedImages.from_folder(tmp_path, 4)

@@ -248,6 +248,47 @@ def test_large_weights_go_into_several_files_none_too_large(tiny, tmp_path):
         LatentDiffusion.load(tmp_path / "model")
 
 
+def test_a_model_saved_over_another_leaves_nothing_of_it(tiny, tmp_path):
+    """Weights in several files, or a tokenizer, of the other would be loaded with the new ones."""
+    save_in_files_of(1e5, tiny, tmp_path / "model")
+    new = LatentDiffusion(tiny.config)
+    new.save(tmp_path / "model")
+    loaded = LatentDiffusion.load(tmp_path / "model")
+    assert_same_weights(loaded, new)
+    assert loaded.tokenizer is None
+    save_in_files_of(1e9, tiny, tmp_path / "model")
+    assert [file.name for file in (tmp_path / "model").glob("*.safetensors")] == [
+        "model-0.safetensors"
+    ]
+
+
+def test_a_config_whose_parts_do_not_fit_is_refused():
+    wide = dataclasses.replace(TINY.text, width=2 * TINY.text.width)
+    with pytest.raises(ValueError, match=f"width of the text encoder, {wide.width}"):
+        dataclasses.replace(TINY, text=wide)
+    flat = dataclasses.replace(TINY.unet, latent_channels=3)
+    with pytest.raises(ValueError, match="latent_channels 3"):
+        dataclasses.replace(TINY, unet=flat)
+
+
+def test_a_unet_in_another_precision_draws(tiny):
+    """The other networks stay in float32, as does the sampler."""
+    x = draw(tiny)
+    tiny.unet.to(torch.bfloat16)
+    y = draw(tiny)
+    assert y.dtype == torch.float32
+    close(y, x, atol=0.1, rtol=0)
+    assert not torch.equal(y, x)
+    assert denoiser_answer(tiny).dtype == torch.float32
+
+
+def denoiser_answer(model):
+    """Of the U-Net on a context in float32, given as it is."""
+    side = model.config.image_size // model.autoencoder.f
+    z_t = torch.randn(2, model.autoencoder.latent_channels, side, side, generator=seeded(1))
+    return model.unet(z_t, torch.tensor([10, 900]), model.embed(PROMPTS))
+
+
 def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(tiny, tmp_path):
     tiny.save(tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()

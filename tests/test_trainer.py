@@ -106,6 +106,37 @@ def test_the_optimizer_is_adamw_with_the_papers_numbers():
     close(layer.weight.detach(), weight)
 
 
+def few_steps_of_adamw_and_muon(scaler):
+    """The weights after three steps with small gradients; scaler: of the loss, as in fp16."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    accelerator = Accelerator()
+    accelerator.scaler = scaler
+
+    def unscale_gradients():  # what accelerate does for mixed_precision="fp16", on a GPU only
+        for optimizer in accelerator._optimizers:
+            scaler.unscale_(optimizer.optimizer)
+
+    if scaler is not None:
+        accelerator.unscale_gradients = unscale_gradients
+    config = TrainConfig(steps=3, batch_size=1, learning_rate=0.1, warmup_steps=0, muon=True)
+    trainer = Trainer(net, config, accelerator)
+    assert len(trainer.optimizers) == 2
+    x = torch.arange(8.0).sin().view(2, 4)
+    for step in range(3):
+        trainer.backward(1e-3 * (trainer.net(x) ** 3).sum())
+        trainer.update(step)
+    return [weight.detach() for weight in net.parameters()]
+
+
+def test_scaling_the_loss_changes_nothing_with_two_optimizers():
+    """Each gradient is unscaled once, and the scale is updated once a step, not once for each."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaled = few_steps_of_adamw_and_muon(scaler)
+    close(scaled, few_steps_of_adamw_and_muon(None), atol=1e-5, rtol=1e-5)
+    assert scaler.state_dict()["_growth_tracker"] == 3
+
+
 @pytest.mark.parametrize("shape", [(24, 24), (8, 32), (32, 8), (8, 3, 2, 2)])
 def test_muon_steps_along_the_gradients_orthogonal_factor(shape):
     """One step moves W by lr 0.2 sqrt(max(rows, columns)) times about U V^T of the gradient.
@@ -318,6 +349,20 @@ def test_a_state_saved_after_the_last_step_needs_no_further_step(tiny, data, tmp
     resumed, rest = trained("denoiser", tiny, data, folder=tmp_path / "state", resume=True)
     assert rest == {}
     assert torch.equal(resumed, weights)
+
+
+def test_a_state_whose_saving_was_killed_is_none(tiny, data, tmp_path, monkeypatch):
+    """Old and new files side by side would go on as a mixture, without an error."""
+    trained("clip", tiny, data, save_at=4, folder=tmp_path / "state")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Accelerator, "save_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_state(Accelerator(), tmp_path / "state", 5)
+    with pytest.raises(ValueError, match="holds no state of this training"):
+        trained("clip", tiny, data, folder=tmp_path / "state", resume=True)
 
 
 def test_one_accelerator_serves_one_training_after_the_other(tiny, data, tmp_path):
