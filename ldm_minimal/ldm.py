@@ -173,7 +173,7 @@ class Config:
     autoencoder: AutoencoderConfig
     unet: UNetConfig
     clip_training: TrainConfig | None = None
-    clip_text_lr: float = 0.1  # learning rate of CLIP's text tower, as a share of the image tower's
+    clip_text_lr_scale: float = 0.1  # of the text tower: its share of CLIP's learning rate
     autoencoder_training: TrainConfig | None = None
     denoiser_training: TrainConfig | None = None
     schedule: str = "scaled-linear"  # kind of NoiseSchedule
@@ -184,10 +184,10 @@ class Config:
     perceptual_weight: float = 1.0  # of the perceptual distance, against L1
     adversarial_weight: float = 0.5  # of the adversarial loss, times the adaptive weight
     adversarial_limit: float = 20.0  # of the adaptive weight
-    adversarial_start: int = 500  # first step of the discriminator
-    discriminator_head_start: int = 300  # steps in which it learns and the autoencoder ignores it
+    discriminator_start: int = 500  # the step from which on the discriminator is trained
+    discriminator_head_start: int = 300  # steps from there to the first adversarial loss
     discriminator_layers: int = 2  # it judges patches of 16, 34 or 70 pixels with 1, 2 or 3
-    discriminator_rate: float = 1e-3  # its learning rate, the same in all steps
+    discriminator_learning_rate: float = 1e-3  # the same in all steps
     discriminator_muon: bool = False  # it learns by Muon; False: by AdamW
     snr_clip: float | None = None  # see `snr_weight`
 
@@ -254,15 +254,15 @@ SHAPES = Config(
         num_groups=4,
     ),
     clip_training=TrainConfig(steps=800, batch_size=64, learning_rate=2e-3, muon=True),
-    clip_text_lr=1.0,
+    clip_text_lr_scale=1.0,
     autoencoder_training=TrainConfig(steps=1500, batch_size=8, learning_rate=3e-3, muon=True),
     denoiser_training=TrainConfig(steps=2000, batch_size=64, learning_rate=8e-3, muon=True),
     perceptual_weight=0.2,
     adversarial_weight=0.25,
-    adversarial_start=500,
+    discriminator_start=500,
     discriminator_head_start=400,
     discriminator_layers=1,
-    discriminator_rate=3e-4,
+    discriminator_learning_rate=3e-4,
     discriminator_muon=True,
     snr_clip=1.0,
 )
@@ -286,12 +286,12 @@ EMOJI = Config(  # for a GPU
         num_groups=8,
     ),
     clip_training=TrainConfig(steps=400, batch_size=512, learning_rate=2e-3, muon=True),
-    clip_text_lr=1.0,
+    clip_text_lr_scale=1.0,
     autoencoder_training=TrainConfig(steps=2400, batch_size=64, learning_rate=2e-3, muon=True),
     denoiser_training=TrainConfig(steps=3000, batch_size=256, learning_rate=6e-3, muon=True),
     perceptual_weight=0.1,
     adversarial_weight=0.25,
-    adversarial_start=1000,
+    discriminator_start=1000,
     discriminator_head_start=400,
     snr_clip=5.0,
 )
@@ -1887,8 +1887,8 @@ class Trainer:
     In a loop: `net` predicts, `backward` takes the loss of each of the `micro_batches`, and
     `update` makes the optimizers' step with gradients clipped to norm 1. The optimizer is AdamW;
     with `config.muon`, Muon for the weights of linear layers and convolutions, and AdamW for the
-    rest: embeddings, norms, biases. part: a part of the module that learns at `part_lr` times the
-    rate. ema: an average that follows each step.
+    rest: embeddings, norms, biases. part: a part of the module that learns at `part_lr_scale` times
+    the rate. ema: an average that follows each step.
 
     On one GPU, what `recorded` wraps is launched as a CUDA graph; `Trainer.records = False`
     launches kernel by kernel.
@@ -1903,7 +1903,7 @@ class Trainer:
         accelerator: Accelerator,
         *,
         part: nn.Module | None = None,
-        part_lr: float = 1.0,
+        part_lr_scale: float = 1.0,
         ema: EMA | None = None,
     ):
         self.records = self.records and _on_one_gpu(accelerator)
@@ -1915,7 +1915,7 @@ class Trainer:
         def groups(parameters: list[Tensor]) -> list[dict]:
             return [
                 {"params": [p for p in parameters if p not in in_part], "lr_scale": 1.0},
-                {"params": [p for p in parameters if p in in_part], "lr_scale": part_lr},
+                {"params": [p for p in parameters if p in in_part], "lr_scale": part_lr_scale},
             ]
 
         others = [p for p in module.parameters() if p not in set(matrices)]
@@ -2100,7 +2100,7 @@ def train_clip(
     data: CaptionedImages,
     config: TrainConfig,
     *,
-    text_lr: float = 0.1,
+    text_lr_scale: float = 0.1,
     seed: int = 0,
     accelerator: Accelerator | None = None,
     resume_from: str | os.PathLike | None = None,
@@ -2111,16 +2111,18 @@ def train_clip(
     that is which words the caption has, not which word belongs to which (Yuksekgonul et al.
     2022, arXiv 2210.01936), and the U-Net needs both. So a batch is made of `data.pairs()` where
     there are any: images that differ in one thing, such as which of two objects is red. Images
-    outside of pairs are not used then. text_lr: learning rate
-    of the text tower, as a share of `config.lr`; without pairs, a tenth keeps it from losing what
-    the loss does not reward. Each image meets every caption of its batch, so a batch is never
-    computed in parts: grad_accum_steps is taken as 1.
+    outside of pairs are not used then. text_lr_scale: learning rate of the text tower, as a share
+    of `config.lr`; without pairs, a tenth keeps it from losing what the loss does not reward. Each
+    image meets every caption of its batch, so a batch is never computed in parts:
+    grad_accum_steps is taken as 1.
     """
     config = dataclasses.replace(config, grad_accum_steps=1)
     accelerator = _begin(accelerator, config, data)
     data = data.to(accelerator.device)
     tokens = _without_padding(clip.tokenizer(data.captions)).to(accelerator.device)
-    trainer = Trainer(clip, config, accelerator, part=clip.text_encoder, part_lr=text_lr)
+    trainer = Trainer(
+        clip, config, accelerator, part=clip.text_encoder, part_lr_scale=text_lr_scale
+    )
     pairs = data.pairs()
     if pairs is not None and config.batch_size > pairs.numel():
         raise ValueError(
@@ -2180,10 +2182,10 @@ def train_autoencoder(
 
     perceptual: by default on the features of the model's own image encoder; another's weights must
     lie on the accelerator's device. discriminator: by default a `PatchDiscriminator` (seed torch
-    for its first weights). It joins at step `model.config.adversarial_start`, and is heard
-    `discriminator_head_start` steps later; the weights of all terms are the config's, too. Over
-    several processes each takes the adaptive weight of its own share, as CompVis does. Call
-    `measure_scale_factor` afterwards.
+    for its first weights). It is trained from step `model.config.discriminator_start` on; the
+    adversarial loss begins `discriminator_head_start` steps later. The weights of all terms are the
+    config's, too. Over several processes each takes the adaptive weight of its own share, as
+    CompVis does. Call `measure_scale_factor` afterwards.
     """
     accelerator = _begin(accelerator, config, data)
     data = data.to(accelerator.device)
@@ -2199,15 +2201,15 @@ def train_autoencoder(
     weights = model.config.autoencoder_weights()
     side = model.config.image_size // model.autoencoder.f
     latent_shape = (model.autoencoder.latent_channels, side, side)
-    joins_at = model.config.adversarial_start
-    heard_at = joins_at + model.config.discriminator_head_start
+    discriminator_start = model.config.discriminator_start
+    adversarial_start = discriminator_start + model.config.discriminator_head_start
 
-    def restore(active: nn.Module | None, rows: Tensor, eps: Tensor) -> dict[str, Tensor]:
+    def restore(adversary: nn.Module | None, rows: Tensor, eps: Tensor) -> dict[str, Tensor]:
         x = data.batch(rows)
         x_hat, posterior = trainer.net(x, eps)
         with accelerator.autocast():
             loss, terms = autoencoder_loss(
-                x, x_hat, posterior, perceptual, active, last_layer, **weights
+                x, x_hat, posterior, perceptual, adversary, last_layer, **weights
             )
         trainer.backward(loss)
         return terms | {"pair": torch.cat([x, x_hat.detach()])}
@@ -2219,10 +2221,10 @@ def train_autoencoder(
         discriminator_trainer.backward(loss)
         return {"discriminator": loss.detach()}
 
-    restore_unheard = trainer.recorded(functools.partial(restore, None))
-    restore_heard = trainer.recorded(functools.partial(restore, discriminator))
+    restore_plainly = trainer.recorded(functools.partial(restore, None))
+    restore_adversarially = trainer.recorded(functools.partial(restore, discriminator))
     for step in _steps(config, accelerator, resume_from):
-        compute = restore_heard if step >= heard_at else restore_unheard
+        compute = restore_adversarially if step >= adversarial_start else restore_plainly
         generator = _step_generator(seed, "autoencoder", step)
         chosen = torch.randperm(len(data), generator=generator)[: config.batch_size]
         noise = torch.randn(config.batch_size, *latent_shape, generator=generator)
@@ -2231,7 +2233,7 @@ def train_autoencoder(
         losses = [compute(rows, eps) for rows, eps in trainer.micro_batches(chosen, noise)]
         trainer.update(step)
         pairs = [terms.pop("pair") for terms in losses]
-        if step >= joins_at:
+        if step >= discriminator_start:
             discriminator.requires_grad_(True)
             for terms, pair in zip(losses, pairs, strict=True):
                 with accelerator.accumulate(discriminator_trainer.net):
@@ -2250,7 +2252,7 @@ def _discriminator_trainer(
     """
     recipe = dataclasses.replace(
         config,
-        learning_rate=model.config.discriminator_rate,
+        learning_rate=model.config.discriminator_learning_rate,
         warmup_steps=0,
         final_lr=1.0,
         muon=model.config.discriminator_muon,

@@ -184,7 +184,7 @@ def config_from(args: argparse.Namespace) -> Config:
     share = recipes["autoencoder_training"].steps / config.autoencoder_training.steps
     return dataclasses.replace(
         config,
-        adversarial_start=round(config.adversarial_start * share),
+        discriminator_start=round(config.discriminator_start * share),
         discriminator_head_start=round(config.discriminator_head_start * share),
         **recipes,
     )
@@ -400,7 +400,7 @@ def train_stage(
     if stage in ("clip", "evaluator"):
         trained = clip
         recipe = model.config.clip_training
-        options["text_lr"] = model.config.clip_text_lr
+        options["text_lr_scale"] = model.config.clip_text_lr_scale
         training = train_clip(clip, data, recipe, **options)
     elif stage == "autoencoder":
         trained = nn.ModuleList([model.autoencoder, model.image_encoder])  # and the loss's features

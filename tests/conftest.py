@@ -43,7 +43,7 @@ TINY = Config(
     clip_training=TINY_TRAINING,
     autoencoder_training=TINY_TRAINING,
     denoiser_training=TINY_TRAINING,
-    adversarial_start=20,
+    discriminator_start=20,
     discriminator_head_start=3,
 )
 

@@ -30,7 +30,7 @@ def first_gradients(data, accelerator, grad_accum_steps=1):
     model = tiny_model(data)
     # The adaptive weight is each process's own, so the adversarial loss is left out of the sum.
     model.config = dataclasses.replace(
-        model.config, adversarial_start=0, discriminator_head_start=0, adversarial_weight=0.0
+        model.config, discriminator_start=0, discriminator_head_start=0, adversarial_weight=0.0
     )
     config = TrainConfig(
         steps=1, batch_size=8, learning_rate=1e-3, grad_accum_steps=grad_accum_steps

@@ -301,7 +301,7 @@ def test_the_options_of_train_reach_the_recipe(here):
     assert denoiser["grad_accum_steps"] == 2 and clip["grad_accum_steps"] == 1
     assert denoiser["batch_size"] == 4 and clip["steps"] == 2
     # The discriminator joins, and is heard, after the same share: 500 and 900 of 1,500 steps.
-    assert config["autoencoder_training"]["steps"] == 5 and config["adversarial_start"] == 2
+    assert config["autoencoder_training"]["steps"] == 5 and config["discriminator_start"] == 2
     assert config["discriminator_head_start"] == 1
 
 

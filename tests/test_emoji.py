@@ -44,7 +44,7 @@ SMALL_EMOJI = dataclasses.replace(  # about an eighth of the width
     clip_training=TrainConfig(steps=40, batch_size=24, learning_rate=4e-3, warmup_steps=5),
     autoencoder_training=TrainConfig(steps=80, batch_size=4, learning_rate=2e-3, warmup_steps=5),
     denoiser_training=TrainConfig(steps=80, batch_size=16, learning_rate=4e-3, warmup_steps=5),
-    adversarial_start=60,
+    discriminator_start=60,
     discriminator_head_start=10,
 )
 

@@ -41,7 +41,7 @@ config = ldm.Config(
     unet=ldm.UNetConfig(
         width=16, channel_mult=(1, 2), num_res_blocks=1, num_heads=2, context_width=16, num_groups=4
     ),
-    adversarial_start=1,
+    discriminator_start=1,
     discriminator_head_start=0,
 )
 model = ldm.LatentDiffusion(config)

@@ -189,7 +189,7 @@ def test_muon_leaves_alone_what_has_no_gradient():
 def test_with_muon_adamw_keeps_embeddings_and_vectors(tiny):
     config = TrainConfig(steps=1, batch_size=8, learning_rate=1e-3, muon=True)
     clip = clip_of(tiny)
-    trainer = Trainer(clip, config, Accelerator(), part=clip.text_encoder, part_lr=0.5)
+    trainer = Trainer(clip, config, Accelerator(), part=clip.text_encoder, part_lr_scale=0.5)
     adamw, muon = trainer.optimizers
     assert isinstance(adamw.optimizer, torch.optim.AdamW)
     assert isinstance(muon.optimizer, Muon)
@@ -205,7 +205,7 @@ def test_with_muon_adamw_keeps_embeddings_and_vectors(tiny):
     assert in_text == {name for name in held if name.startswith("text_encoder")}
 
 
-@pytest.mark.parametrize(("options", "share"), [({}, 0.1), ({"text_lr": 0.5}, 0.5)])
+@pytest.mark.parametrize(("options", "share"), [({}, 0.1), ({"text_lr_scale": 0.5}, 0.5)])
 def test_the_text_tower_learns_at_its_own_rate(tiny, data, options, share):
     """Adam's first step moves each weight by the rate, whatever its gradient."""
     clip = clip_of(tiny)
@@ -244,7 +244,10 @@ def test_without_an_image_encoder_the_autoencoder_needs_a_perceptual_distance(ti
 def test_the_discriminator_has_a_constant_rate_of_its_own(muon, tiny, data):
     """AdamW's first step moves each weight by the rate; here it comes late in the schedule."""
     tiny.config = dataclasses.replace(
-        tiny.config, adversarial_start=3, discriminator_head_start=0, discriminator_rate=2e-3
+        tiny.config,
+        discriminator_start=3,
+        discriminator_head_start=0,
+        discriminator_learning_rate=2e-3,
     )
     discriminator = PatchDiscriminator(8, 1)
     before = copy.deepcopy(discriminator)
@@ -258,9 +261,9 @@ def test_the_discriminator_learns_by_muon_where_the_config_says_so(tiny, data):
     """Muon's step is almost orthogonal: all of its singular values are about the same."""
     tiny.config = dataclasses.replace(
         tiny.config,
-        adversarial_start=0,
+        discriminator_start=0,
         discriminator_head_start=0,
-        discriminator_rate=1e-2,
+        discriminator_learning_rate=1e-2,
         discriminator_muon=True,
     )
     discriminator = PatchDiscriminator(8, 1)
@@ -304,7 +307,7 @@ def trained(
     """
     model = copy.deepcopy(tiny)
     model.config = dataclasses.replace(
-        model.config, adversarial_start=2, discriminator_head_start=1, discriminator_muon=muon
+        model.config, discriminator_start=2, discriminator_head_start=1, discriminator_muon=muon
     )
     torch.manual_seed(torch_seed)
     accelerator = Accelerator()
@@ -436,7 +439,7 @@ def test_a_recorded_training_is_the_same_training(name, parts, data, monkeypatch
     for recorded in (False, True):
         model = tiny_model(data)
         model.config = dataclasses.replace(
-            model.config, adversarial_start=1, discriminator_head_start=4
+            model.config, discriminator_start=1, discriminator_head_start=4
         )
         torch.manual_seed(0)  # of the discriminator's first weights
         if recorded:
@@ -502,7 +505,7 @@ def course(model, data):
     """The losses of two steps of all three trainings, one after the other."""
     config = TrainConfig(steps=2, batch_size=4, learning_rate=1e-3, warmup_steps=1)
     model.config = dataclasses.replace(
-        model.config, adversarial_start=1, discriminator_head_start=0
+        model.config, discriminator_start=1, discriminator_head_start=0
     )
     torch.manual_seed(0)  # of the discriminator's first weights
     curves = {}

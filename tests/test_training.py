@@ -136,7 +136,7 @@ def test_a_step_of_clip_by_hand(tiny, data, paired):
 def test_a_step_of_the_autoencoder_by_hand(tiny, data, start, head_start, limit):
     tiny.config = dataclasses.replace(
         tiny.config,
-        adversarial_start=start,
+        discriminator_start=start,
         discriminator_head_start=head_start,
         adversarial_limit=limit,
         kl_weight=0.03,
@@ -228,7 +228,7 @@ def test_a_batch_in_parts_is_the_same_step(train, data):
         model = tiny_model(data)
         # The adaptive weight is each part's own, so the adversarial loss is left out of the sum.
         model.config = dataclasses.replace(
-            model.config, adversarial_start=0, discriminator_head_start=0, adversarial_weight=0.0
+            model.config, discriminator_start=0, discriminator_head_start=0, adversarial_weight=0.0
         )
         torch.manual_seed(0)  # of the discriminator's first weights
         accelerator = RecordingAccelerator()
@@ -329,7 +329,9 @@ def test_the_discriminator_learns_that_data_are_real(tiny):
     Whatever the autoencoder's own step left in the discriminator's gradient would be added to it.
     """
     white = CaptionedImages(torch.full((8, 3, 16, 16), 255, dtype=torch.uint8), ["white"] * 8)
-    tiny.config = dataclasses.replace(tiny.config, adversarial_start=0, discriminator_head_start=0)
+    tiny.config = dataclasses.replace(
+        tiny.config, discriminator_start=0, discriminator_head_start=0
+    )
     discriminator, accelerator = Brightness(), RecordingAccelerator()
     options = {"discriminator": discriminator, "accelerator": accelerator}
     seen = inputs_of(discriminator, train_autoencoder(tiny, white, ONE_STEP, **options))

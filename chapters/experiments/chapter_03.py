@@ -489,7 +489,7 @@ def todays_training(steps, seed, layers):
     recipe = dataclasses.replace(SHAPES.autoencoder_training, steps=steps)
     config = dataclasses.replace(SHAPES, discriminator_layers=layers or 1)
     if layers is None:
-        config = dataclasses.replace(config, adversarial_start=steps)  # it never joins
+        config = dataclasses.replace(config, discriminator_start=steps)  # it never joins
     torch.manual_seed(seed)
     model.autoencoder = Autoencoder(config.autoencoder)
     model.config = config

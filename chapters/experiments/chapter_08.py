@@ -21,9 +21,9 @@ SHAPES = load_recipe()
 
 
 # The chapter shows these definitions; tests/test_experiments.py compares them.
-def new_model(data, seed, adversarial_start):
+def new_model(data, seed, discriminator_start):
     torch.manual_seed(seed)
-    starts = {"adversarial_start": adversarial_start, "discriminator_head_start": 0}
+    starts = {"discriminator_start": discriminator_start, "discriminator_head_start": 0}
     model = LatentDiffusion(dataclasses.replace(SHAPES, **starts))
     model.tokenizer = Tokenizer.train(data.captions, SHAPES.text.vocab_size)
     return model
@@ -50,7 +50,7 @@ def training(seed):
     """The chapter's short recipe. Yields (training, its main loss)."""
     main_loss = {"clip": "clip", "autoencoder": "l1", "denoiser": "mse"}
     data = load_data("train")
-    model = new_model(data, seed, adversarial_start=100)
+    model = new_model(data, seed, discriminator_start=100)
     for name, _, losses in whole_recipe(model, data, seed, (60, 150, 100)):
         yield name, losses[main_loss[name]].item()
 

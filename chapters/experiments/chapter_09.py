@@ -122,7 +122,7 @@ def shipped_tflop():
     """10^12 operations of the shipped autoencoder's training."""
     model = load_model()
     recipe = model.config.autoencoder_training
-    start = model.config.adversarial_start
+    start = model.config.discriminator_start
     perceptual = PerceptualLoss(model.image_encoder.features)
     plain = autoencoder_step_flops(model.autoencoder, perceptual)
     adversarial = autoencoder_step_flops(model.autoencoder, perceptual, PatchDiscriminator(32, 2))
@@ -224,7 +224,7 @@ def train_f2(model, data, steps=800):
     recipe = TrainConfig(steps, batch_size=8, learning_rate=1e-3)
     perceptual = PerceptualLoss(model.image_encoder.requires_grad_(False).features)
     config = model.config
-    model.config = replace(config, adversarial_start=steps)
+    model.config = replace(config, discriminator_start=steps)
     for _ in train_autoencoder(model, data, recipe, perceptual=perceptual):
         pass
     model.config = config

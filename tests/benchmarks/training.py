@@ -111,7 +111,7 @@ def time_stages(config, options, rate):
         # With the discriminator from the first step on.
         model = LatentDiffusion(
             dataclasses.replace(
-                config, scale_factor=1.0, adversarial_start=0, discriminator_head_start=0
+                config, scale_factor=1.0, discriminator_start=0, discriminator_head_start=0
             )
         )
         model.to(accelerator.device)

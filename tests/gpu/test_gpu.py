@@ -193,7 +193,7 @@ def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(
     for resume_from in (None, tmp_path):
         model = tiny_model(data)
         model.config = dataclasses.replace(
-            model.config, adversarial_start=2, discriminator_head_start=1
+            model.config, discriminator_start=2, discriminator_head_start=1
         )
         torch.manual_seed(0)  # of the discriminator's first weights
         accelerator = Accelerator(mixed_precision=precision)
@@ -252,7 +252,7 @@ def test_a_recorded_training_is_the_same_training(
         monkeypatch.setattr(Trainer, "records", records)
         model = tiny_model(data)
         model.config = dataclasses.replace(
-            model.config, adversarial_start=1, discriminator_head_start=4
+            model.config, discriminator_start=1, discriminator_head_start=4
         )
         torch.manual_seed(0)  # of the discriminator's first weights
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -315,7 +315,7 @@ def test_training_with_compiled_blocks_is_the_same_training(name, device, data, 
     for compiled in (False, True):
         model = tiny_model(data)
         model.config = dataclasses.replace(
-            model.config, adversarial_start=1, discriminator_head_start=0
+            model.config, discriminator_start=1, discriminator_head_start=0
         )
         torch.manual_seed(0)  # of the discriminator's first weights
         if compiled:
