@@ -524,10 +524,10 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(d)) V in `num_heads` heads: self-attention or cross-attention.
 
-    x: (B, N, width) -> (B, N, width). kv: what `keys_values` made of a context (B, M,
-    context_width); None for self-attention, where x is the context. With `keep_weights` set, each
-    call leaves its weights, (B, heads, N, M), in `weights`; that is slower and meant for looking
-    at them. Raises ValueError unless num_heads divides width.
+    d is width / num_heads here. x: (B, N, width) -> (B, N, width). kv: what `keys_values` made of
+    a context (B, M, context_width); None for self-attention, where x is the context. With
+    `keep_weights` set, each call leaves its weights, (B, heads, N, M), in `weights`; that is slower
+    and meant for looking at them. Raises ValueError unless num_heads divides width.
     """
 
     def __init__(

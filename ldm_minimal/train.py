@@ -1,8 +1,8 @@
 """python -m ldm_minimal train: the three trainings, an evaluator, images and scores.
 
-A run's folder holds model/ and evaluator/ (safetensors, config, tokenizer), log.csv, an image for
-each stage, scores.json, README.md, run.json (what was asked, what is done) and, until it is
-finished, state/, from which the same command goes on.
+A run's folder holds model/ and evaluator/ (safetensors, config, tokenizer), log.csv, images of what
+it can do (clip, autoencoder, samples, neighbours), scores.json, README.md, run.json (what was
+asked, what is done) and, until it is finished, state/, from which the same command goes on.
 """
 
 from __future__ import annotations
@@ -524,7 +524,8 @@ def model_card(config: Config, folder: pathlib.Path, seed: int) -> str:
         "",
         f"Trained by ldm_minimal on `{folder}`, seed {seed}: {', '.join(trainings)}.",
         f"Images of {config.image_size} x {config.image_size}, "
-        f"scale factor {config.scale_factor:.4f}. Losses in log.csv, scores in scores.json.",
+        f"scale factor {config.scale_factor:.4f}. Losses in log.csv; scores, if any, "
+        "in scores.json.",
     ]
     if "attribution" in dataset:
         lines += [
