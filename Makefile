@@ -68,9 +68,10 @@ clean:
 	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON): install Python 3.11 or newer (Debian, Ubuntu: apt install python3 python3-venv; macOS: brew install python@3.12)."; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11: install a newer one (Debian, Ubuntu: apt install python3.12-venv; macOS: brew install python@3.12) and name it: PYTHON=python3.12 make $(MAKECMDGOALS)"; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
+	@if [ -e .venv/installing ] && kill -0 "`cat .venv/installing`" 2>/dev/null; then echo "Another make is installing into .venv: wait for it. (If there is none, remove .venv.)"; exit 1; fi
 	@if [ -e .venv/installing ]; then rm -rf .venv; fi
 	@echo "Installing into .venv, once: some minutes."
-	@mkdir -p .venv && rm -f $@ && touch .venv/installing
+	@mkdir -p .venv && rm -f $@ && echo $$PPID > .venv/installing
 	"$(PYTHON)" -m venv .venv
 	$(if $(TORCH_INDEX),$(RUN) -m pip install --no-deps --timeout 15 --retries 2 --extra-index-url $(TORCH_INDEX) $(TORCH))
 	$(RUN) -m pip install -r requirements.txt

@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 import warnings
 
+import torch
+
 from . import evaluate, info, sample, train
 from .cli import Parser
 
@@ -46,6 +48,11 @@ def main(argv: list[str] | None = None) -> int:
         module.run(args)
     except (ValueError, OSError) as error:
         print(f"ldm_minimal {args.command}: {error}", file=sys.stderr)
+        return 1
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = str(error).split("\n")[0]
+        advice = "less at once (--count, --height, --batch-..., --accumulate) or --precision fp16"
+        print(f"ldm_minimal {args.command}: out of memory; try {advice}: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nldm_minimal: stopped; a training goes on with the same command", file=sys.stderr)

@@ -22,6 +22,12 @@ import torch
 
 from .ldm import CLIP, CaptionedImages, LatentDiffusion
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 SHIPPED = REPOSITORY / "data" / "checkpoints" / "shapes"
 LPIPS_WEIGHTS = REPOSITORY / "data" / "lpips" / "vgg16.safetensors"
@@ -42,7 +48,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a path to write to; it becomes `path` when the block ends without an error."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)
@@ -58,8 +64,8 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     brings it back after a kill between these two steps.
     """
     folder = pathlib.Path(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
-    old = folder.with_name(f"{folder.name}.old")
+    partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
     recover_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -76,10 +82,41 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 def recover_folder(folder: pathlib.Path) -> None:
     """Undo what a killed `whole_folder` left behind."""
-    old = folder.with_name(f"{folder.name}.old")
+    old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def hold(folder: pathlib.Path) -> int:
+    """Lock a run's folder for this process: a descriptor for `release`.
+
+    The system unlocks it when the process ends, however it ends. A file system without locks lets
+    everyone in. Raises ValueError while another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        os.close(file)
+        raise ValueError(
+            f"--out {folder} is in use: another process trains there; wait for it, or choose "
+            "another folder"
+        ) from None
+    except OSError:
+        pass  # this file system has no locks
+    return file
+
+
+def release(folder: pathlib.Path, file: int) -> None:
+    """Unlock what `hold` has locked."""
+    with contextlib.suppress(OSError):  # Windows keeps an open file
+        (folder / ".lock").unlink()
+    os.close(file)
 
 
 def save_in_files_of(
@@ -129,11 +166,12 @@ def data_folder(
     """The folder of a data set.
 
     data: an existing folder, taken as it is; None for the repository's own, data/DATASET/SIZE,
-    which is drawn if it is not there. count: draw so many images; then `data` may be a new
-    folder. Raises ValueError for a folder that does not exist (and no count), or that holds
-    another count.
+    which is drawn if it is not there. count: draw so many images, in `data`, which may be a new
+    folder, or in data/DATASET/SIZE-COUNT. Raises ValueError for a folder that does not exist (and
+    no count), or that holds another count.
     """
-    folder = pathlib.Path(data) if data is not None else REPOSITORY / "data" / dataset / str(size)
+    own = str(size) if count is None else f"{size}-{count}"
+    folder = pathlib.Path(data) if data is not None else REPOSITORY / "data" / dataset / own
     if data is not None and count is None:
         if not folder.is_dir():
             raise ValueError(
@@ -149,6 +187,8 @@ def data_folder(
             f"--count is {count}, but {folder} holds {held}; leave --count out, or name a new "
             "folder with --data"
         )
+    if data is not None and found:
+        return folder  # as it is, whatever its size and seed
     if count is None:
         count = found.get("count", 20000 if dataset == "shapes" else None)
     if dataset == "emoji" and not found:
@@ -190,7 +230,12 @@ def read_record(path: pathlib.Path) -> dict:
 def data_of_run(folder: str | os.PathLike) -> str | None:
     """The --data of a run; None for the repository's own data set, or where nothing tells."""
     path = pathlib.Path(folder) / "run.json"
-    return read_record(path)["settings"].get("data") if path.is_file() else None
+    data = read_record(path)["settings"].get("data") if path.is_file() else None
+    if data is not None and not pathlib.Path(data).is_dir():
+        raise ValueError(
+            f"--model {folder} was trained on {data}, which is not here; name it with --data"
+        )
+    return data
 
 
 def load_part(folder: str | os.PathLike, part: str, kind: type) -> CLIP | LatentDiffusion:

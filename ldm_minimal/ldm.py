@@ -1031,7 +1031,7 @@ class Tokenizer:
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int = 77):
         self.vocab = vocab
-        self.merges = [tuple(pair) for pair in merges]
+        self.merges = [tuple(p.split(" ") if isinstance(p, str) else p) for p in merges]
         self.length = length
         self.start = vocab[self.START]
         self.end = vocab[self.END]
@@ -1948,9 +1948,10 @@ class Trainer:
 
     def _to_device(self, values: Tensor) -> Tensor:
         device = self.accelerator.device
-        if device.type == "cuda":
+        on_cuda = device.type == "cuda"
+        if on_cuda:
             values = values.pin_memory()  # else the copy would wait for all earlier kernels
-        return values.to(device, non_blocking=True)
+        return values.to(device, non_blocking=on_cuda)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch's mean loss; all micro-batches count equally."""

@@ -129,7 +129,7 @@ def check_writable(out: pathlib.Path) -> None:
         raise ValueError(f"--out {out} must end in .png, .jpg or .webp")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; a file name is needed")
-    trial = out.with_name(f".{out.name}.try")
+    trial = out.with_name(f".{out.name}.{os.getpid()}.try")
     with whole_file(trial) as partial:
         partial.touch()
     trial.unlink()

@@ -28,9 +28,11 @@ from .cli import add_seed, number
 from .files import (
     best_device,
     data_folder,
+    hold,
     read_record,
     read_split,
     recover_folder,
+    release,
     whole_file,
     whole_folder,
 )
@@ -76,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--count",
         type=number(int, 20),
-        help="draw so many images, into --data if it is new (default: 20000 shapes, all emoji)",
+        help="draw so many images, into --data if it is new, else into a folder of their own "
+        "(default: 20000 shapes, all emoji)",
     )
     parser.add_argument(
         "--out", help="folder of the run (default runs/SIZE); may be a mounted drive"
@@ -131,6 +134,9 @@ def run(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():
         folder = data_folder(args.data, config.image_size, args.count, config.name)
     data = read_split(folder, "train", config.image_size).to(accelerator.device)
+    test = None
+    if (folder / "test").is_dir() and args.captions > 1:
+        test = read_split(folder, "test", config.image_size)  # now, for what may be wrong with it
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # Muon's products on the tensor cores
     check_batch_sizes(config, len(data), accelerator.num_processes)
@@ -144,17 +150,20 @@ def run(args: argparse.Namespace) -> None:
     }
     with accelerator.main_process_first():
         record = Run(out, settings, accelerator)
-    model = load_or_build(record, config, data, args.seed).to(accelerator.device)
-    for stage in STAGES:
-        if stage not in record.done:
-            # Seeds the first weights of evaluator and discriminator.
-            torch.manual_seed(args.seed * len(STAGES) + STAGES.index(stage))
-            train_stage(stage, record, model, data, args)
-    if accelerator.is_main_process:
-        shutil.rmtree(out / "state", ignore_errors=True)  # a kill may have left it
-        model = LatentDiffusion.load(out / "model").to(accelerator.device)
-        evaluator = CLIP.load(out / "evaluator").to(accelerator.device)
-        report(out, model, evaluator, data, folder, args)
+    try:
+        model = load_or_build(record, config, data, args.seed).to(accelerator.device)
+        for stage in STAGES:
+            if stage not in record.done:
+                # Seeds the first weights of evaluator and discriminator.
+                torch.manual_seed(args.seed * len(STAGES) + STAGES.index(stage))
+                train_stage(stage, record, model, data, args)
+        if accelerator.is_main_process:
+            shutil.rmtree(out / "state", ignore_errors=True)  # a kill may have left it
+            model = LatentDiffusion.load(out / "model").to(accelerator.device)
+            evaluator = CLIP.load(out / "evaluator").to(accelerator.device)
+            report(out, model, evaluator, data, test, folder, args)
+    finally:
+        record.release()
     accelerator.end_training()
 
 
@@ -233,14 +242,28 @@ class Run:
         self.settings = settings
         self.done = []  # stages
         self.rows = []  # of log.csv
-        if (out / "run.json").is_file():
-            self._go_on()
-        elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
+        self.lock = None
+        begun = (out / "run.json").is_file()
+        if not begun and out.exists() and any(path.name[0] != "." for path in out.iterdir()):
             raise ValueError(
                 f"--out {out} is not empty and holds no run of ours; choose another folder"
             )
-        elif accelerator.is_main_process:
-            self._write_record()
+        if accelerator.is_main_process:
+            self.lock = hold(out)
+        try:
+            if begun:
+                self._go_on()
+            elif accelerator.is_main_process:
+                self._write_record()
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let another process train here."""
+        if self.lock is not None:
+            release(self.out, self.lock)
+        self.lock = None
 
     def _go_on(self) -> None:
         record = read_record(self.out / "run.json")
@@ -459,6 +482,7 @@ def report(
     model: LatentDiffusion,
     evaluator: CLIP,
     data: CaptionedImages,
+    test: CaptionedImages | None,
     folder: pathlib.Path,
     args: argparse.Namespace,
 ) -> None:
@@ -470,8 +494,7 @@ def report(
     print(f"images   {out / 'clip.png'}, {out / 'autoencoder.png'}, {out / 'samples.png'}")
     print(f"copying? {out / 'neighbours.png'}: samples, and the training images most like them")
     print(f"losses   {out / 'log.csv'}")
-    if (folder / "test").is_dir() and args.captions > 1:
-        test = read_split(folder, "test", model.config.image_size)
+    if test is not None:
         scores = all_scores(model, evaluator, test, [5.0], args.captions, args.seed)
         with whole_file(out / "scores.json") as partial:
             partial.write_text(json.dumps(scores, indent=2) + "\n")

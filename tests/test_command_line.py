@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, prepare_module, seeded
-from ldm_minimal import CLIP, SHAPES, LatentDiffusion, Tokenizer, evaluate, metrics
+from ldm_minimal import CLIP, SHAPES, LatentDiffusion, Tokenizer, evaluate, files, metrics, sample
 from ldm_minimal.__main__ import main
 from ldm_minimal.sample import image_sheet
 from ldm_minimal.train import mixed_precision, model_card, nearest_neighbours
@@ -194,7 +194,7 @@ WRONG = {
 }
 
 
-def files(folder):
+def files_in(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
@@ -203,7 +203,7 @@ def test_wrong_use_ends_with_one_clear_line(name, here, capsys):
     arguments, spoil, word = WRONG[name]
     if spoil:
         spoil(here)
-    before = files(here)
+    before = files_in(here)
     try:
         code = main(arguments)
     except SystemExit as stop:
@@ -215,7 +215,7 @@ def test_wrong_use_ends_with_one_clear_line(name, here, capsys):
     assert word in message, message
     assert "Traceback" not in errors
     assert errors.count("ldm_minimal") == 1
-    left = {path for path in files(here) - before if not path.startswith("new/")}
+    left = {path for path in files_in(here) - before if not path.startswith("new/")}
     assert not left
     assert not list(here.rglob("*partial*")), "something half-written is left"
     assert not list((here / "new").rglob("*.safetensors")), "an untrained model was written"
@@ -232,7 +232,45 @@ def test_a_new_data_folder_is_drawn_where_a_count_asks_for_it(here):
     assert len(list((here / "fresh/train").glob("*.png"))) == 36
 
 
+def test_a_count_leaves_the_repositorys_own_data_set_alone(here, monkeypatch):
+    """Else every later command would train on so many images, without a word."""
+    monkeypatch.setattr(files, "REPOSITORY", here)
+    monkeypatch.setattr(files, "data_module", lambda *_: prepare_module())
+    folder = files.data_folder(None, 32, count=20)
+    assert folder == here / "data/shapes/32-20" and not (here / "data/shapes/32").exists()
+    assert files.data_folder(folder, 64, count=20) == folder  # of another size: taken as it is
+    assert json.loads((folder / "dataset.json").read_text())["size"] == 32
+
+
 # ---- train -------------------------------------------------------------------------------------
+
+
+def test_a_second_training_in_the_same_folder_is_refused(here, capsys):
+    """It would write over the first one's state and model."""
+    lock = files.hold(here / "new")
+    assert main(TRAIN) == 1
+    assert "--out new is in use" in capsys.readouterr().err
+    files.release(here / "new", lock)
+    files.release(here / "new", files.hold(here / "new"))
+    assert not list((here / "new").iterdir())
+
+
+def test_what_is_wrong_with_the_test_images_is_said_before_training(here, capsys):
+    (here / "shapes/test/metadata.jsonl").unlink()
+    assert main(TRAIN) == 1
+    assert "metadata.jsonl does not exist" in capsys.readouterr().err
+    assert not (here / "new").exists()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("64 GiB"), MemoryError()])
+def test_too_little_memory_is_one_line_with_advice(error, here, monkeypatch, capsys):
+    def run(_):
+        raise error
+
+    monkeypatch.setattr(sample, "run", run)
+    assert main(SAMPLE) == 1
+    said = capsys.readouterr().err
+    assert "out of memory; try" in said and said.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -275,6 +313,9 @@ def test_a_run_is_evaluated_on_the_data_that_it_was_trained_on(here, monkeypatch
     for options in ([], ["--data", "other"]):
         main(["evaluate", "--model", "run", *options])
     assert asked == ["shapes", "other"]
+    shutil.rmtree(here / "shapes")
+    with pytest.raises(ValueError, match="was trained on shapes, which is not here"):
+        files.data_of_run("run")
 
 
 def test_train_on_a_folder_of_ones_own_images(here, capsys):

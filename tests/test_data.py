@@ -175,6 +175,17 @@ def test_saved_and_loaded_it_is_the_same_tokenizer(tokenizer, tmp_path):
     assert torch.equal(again(captions), tokenizer(captions)) and again.merges == tokenizer.merges
 
 
+def test_merges_written_as_strings_are_read_too(tokenizer, tmp_path):
+    """So the `tokenizers` library wrote them before version 0.20."""
+    tokenizer.save(tmp_path / "tokenizer.json")
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    written["model"]["merges"] = [" ".join(pair) for pair in written["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(written))
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert again.merges == tokenizer.merges
+    assert torch.equal(again(["a red circle"]), tokenizer(["a red circle"]))
+
+
 def test_a_vocabulary_too_small_for_the_bytes_is_refused():
     with pytest.raises(ValueError, match="vocab_size is 500; bytes and marks alone take 514"):
         Tokenizer.train(["a"], 500)

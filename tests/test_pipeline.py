@@ -300,8 +300,16 @@ def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(tiny, tmp_path)
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
+def test_a_backup_that_the_user_made_is_left_alone(tiny, tmp_path):
+    (tmp_path / "model.old").mkdir()
+    with whole_folder(tmp_path / "model") as partial:
+        tiny.save(partial)
+    recover_folder(tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.old"]
+
+
 def test_a_save_killed_between_its_two_renames_is_still_readable(tiny, tmp_path):
-    tiny.save(tmp_path / "model.old")
+    tiny.save(tmp_path / ".model.old")
     recover_folder(tmp_path / "model")
     assert LatentDiffusion.load(tmp_path / "model").config == tiny.config
 
