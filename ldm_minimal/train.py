@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
     check_batch_sizes(config, len(data), accelerator.num_processes)
     settings = {
         "seed": args.seed,
-        "data": args.data,
+        "data": args.data if args.count is None else str(folder),
         "perceptual": args.perceptual,
         "number of processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,

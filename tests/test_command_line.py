@@ -230,6 +230,7 @@ def test_a_mistyped_data_folder_is_not_created(here):
 def test_a_new_data_folder_is_drawn_where_a_count_asks_for_it(here):
     assert main([*TRAIN, "--data", "fresh", "--count", "40", "--captions", "0"]) == 0
     assert len(list((here / "fresh/train").glob("*.png"))) == 36
+    assert files.data_of_run("new") == "fresh"
 
 
 def test_a_count_leaves_the_repositorys_own_data_set_alone(here, monkeypatch):
