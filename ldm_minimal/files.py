@@ -88,11 +88,12 @@ def recover_folder(folder: pathlib.Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def hold(folder: pathlib.Path) -> int:
-    """Lock a run's folder for this process: a descriptor for `release`.
+@contextlib.contextmanager
+def one_training_in(folder: pathlib.Path) -> Iterator[None]:
+    """While the block runs, another process that asks for the same folder gets a ValueError.
 
-    The system unlocks it when the process ends, however it ends. A file system without locks lets
-    everyone in. Raises ValueError while another process holds it.
+    The system unlocks it when a process ends, however it ends. A file system without locks lets
+    everyone in.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -109,14 +110,12 @@ def hold(folder: pathlib.Path) -> int:
         ) from None
     except OSError:
         pass  # this file system has no locks
-    return file
-
-
-def release(folder: pathlib.Path, file: int) -> None:
-    """Unlock what `hold` has locked."""
-    with contextlib.suppress(OSError):  # Windows keeps an open file
-        (folder / ".lock").unlink()
-    os.close(file)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps an open file
+            (folder / ".lock").unlink()
+        os.close(file)
 
 
 def save_in_files_of(

@@ -1951,7 +1951,7 @@ class Trainer:
         on_cuda = device.type == "cuda"
         if on_cuda:
             values = values.pin_memory()  # else the copy would wait for all earlier kernels
-        return values.to(device, non_blocking=on_cuda)
+        return values.to(device, non_blocking=on_cuda)  # a Mac's copy must end before we go on
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch's mean loss; all micro-batches count equally."""

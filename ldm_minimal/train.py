@@ -8,6 +8,7 @@ asked, what is done) and, until it is finished, state/, from which the same comm
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
@@ -28,11 +29,10 @@ from .cli import add_seed, number
 from .files import (
     best_device,
     data_folder,
-    hold,
+    one_training_in,
     read_record,
     read_split,
     recover_folder,
-    release,
     whole_file,
     whole_folder,
 )
@@ -148,9 +148,10 @@ def run(args: argparse.Namespace) -> None:
         "precision": accelerator.mixed_precision,
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
     }
-    with accelerator.main_process_first():
-        record = Run(out, settings, accelerator)
-    try:
+    alone = one_training_in(out) if accelerator.is_main_process else contextlib.nullcontext()
+    with alone:
+        with accelerator.main_process_first():
+            record = Run(out, settings, accelerator)
         model = load_or_build(record, config, data, args.seed).to(accelerator.device)
         for stage in STAGES:
             if stage not in record.done:
@@ -162,8 +163,6 @@ def run(args: argparse.Namespace) -> None:
             model = LatentDiffusion.load(out / "model").to(accelerator.device)
             evaluator = CLIP.load(out / "evaluator").to(accelerator.device)
             report(out, model, evaluator, data, test, folder, args)
-    finally:
-        record.release()
     accelerator.end_training()
 
 
@@ -242,33 +241,20 @@ class Run:
         self.settings = settings
         self.done = []  # stages
         self.rows = []  # of log.csv
-        self.lock = None
-        begun = (out / "run.json").is_file()
-        if not begun and out.exists() and any(path.name[0] != "." for path in out.iterdir()):
+        if (out / "run.json").is_file():
+            self._go_on()
+        elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise ValueError(
                 f"--out {out} is not empty and holds no run of ours; choose another folder"
             )
-        if accelerator.is_main_process:
-            self.lock = hold(out)
-        try:
-            if begun:
-                self._go_on()
-            elif accelerator.is_main_process:
-                self._write_record()
-        except BaseException:
-            self.release()
-            raise
-
-    def release(self) -> None:
-        """Let another process train here."""
-        if self.lock is not None:
-            release(self.out, self.lock)
-        self.lock = None
+        elif accelerator.is_main_process:
+            self._write_record()
 
     def _go_on(self) -> None:
         record = read_record(self.out / "run.json")
-        old = record["settings"]
-        changed = [name for name, value in self.settings.items() if old.get(name, value) != value]
+        precision = self.settings["precision"]  # which older runs do not tell
+        old = {"precision": precision, **record["settings"]}
+        changed = [name for name, value in self.settings.items() if old.get(name) != value]
         if changed:
             raise ValueError(
                 f"--out {self.out} holds a run with another {' and '.join(changed)}; give its own "

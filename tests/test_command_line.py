@@ -248,12 +248,21 @@ def test_a_count_leaves_the_repositorys_own_data_set_alone(here, monkeypatch):
 
 def test_a_second_training_in_the_same_folder_is_refused(here, capsys):
     """It would write over the first one's state and model."""
-    lock = files.hold(here / "new")
-    assert main(TRAIN) == 1
-    assert "--out new is in use" in capsys.readouterr().err
-    files.release(here / "new", lock)
-    files.release(here / "new", files.hold(here / "new"))
+    with files.one_training_in(here / "new"):
+        assert main(TRAIN) == 1
+        assert "--out new is in use" in capsys.readouterr().err
+    with files.one_training_in(here / "new"):
+        pass  # it is free again
     assert not list((here / "new").iterdir())
+
+
+def test_a_run_does_not_go_on_in_another_precision(here, capsys):
+    (here / "new").mkdir()
+    settings = {"seed": 0, "data": "shapes", "perceptual": "clip", "number of processes": 1}
+    settings["precision"] = "fp16"
+    (here / "new/run.json").write_text(json.dumps({"settings": settings, "done": []}))
+    assert main(TRAIN) == 1
+    assert "another precision and config" in capsys.readouterr().err
 
 
 def test_what_is_wrong_with_the_test_images_is_said_before_training(here, capsys):
